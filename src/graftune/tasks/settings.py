@@ -1,0 +1,285 @@
+"""The settings of a run: what is trained, on which data, with which method, and where it goes.
+
+One `RunSettings` says everything. It comes from keyword arguments, a dictionary or a YAML file,
+refuses what it doesn't know, and is written, with every default filled in, beside the result.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from graftune.errors import SettingsError
+from graftune.tasks.settings_message import settings_message
+from graftune.tasks.settings_overrides import apply_overrides, parse_override
+from graftune.tasks.settings_yaml import KeyPath, dump, read_settings_file
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+DEFAULT_LR: dict[str, float] = {
+    "lora": 1e-3,
+    "bitfit": 1e-3,
+    "fullfinetuning": 5e-5,
+}
+"""The learning rate of each method when a run names none and the method declares none
+(`Method.default_lr`). Few trained parameters want large steps, all of them small ones."""
+
+FALLBACK_LR = 1e-3
+"""The learning rate of a method that is not in `DEFAULT_LR`."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Columns(_Section):
+    """Which column of the data holds what; the usual names are found by themselves."""
+
+    text: str | None = None
+    """Classification: the text, or the first of a pair."""
+    text_pair: str | None = None
+    """Classification of pairs: the second text."""
+    label: str | None = None
+    """Classification: the label's name or number."""
+    instruction: str | None = None
+    """Instructions: what is asked."""
+    input: str | None = None
+    """Instructions: what the question is about (alpaca's `input`, dolly's `context`)."""
+    answer: str | None = None
+    """Instructions: the answer to learn."""
+    messages: str | None = None
+    """Instructions: whole conversations, lists of `{role, content}`."""
+
+
+class DataSettings(_Section):
+    """Where the data lies and how it is split."""
+
+    train: str
+    """A CSV, TSV, JSONL, JSON or Parquet file, a folder of them, or a `datasets` folder or name."""
+    validation: str | None = None
+    """Like `train`; made from the training data when not given."""
+    test: str | None = None
+    """Like `train`; made from the training data when not given."""
+    columns: Columns = Columns()
+    """Columns by name, where they don't have the usual ones."""
+    max_length: Annotated[int, Field(ge=4)] | None = None
+    """Longest text in tokens; longer ones are cut, and counted. Default: the model's limit, at
+    most 512 for classification and 1024 for instructions."""
+    validation_fraction: Fraction = 0.1
+    """Share of the training data held out for validation when no file is given; 0 for none."""
+    test_fraction: Fraction = 0.2
+    """Share of the training data held out for the test when no file is given; 0 for none."""
+    seed: int = 0
+    """Seed of the splits that are made here."""
+
+
+class TrainSettings(_Section):
+    """How it is trained. What is None takes the task's or the method's default."""
+
+    epochs: Positive | None = None
+    """Passes over the training data. Default: 10 for classification, 3 for instructions."""
+    steps: Count | None = None
+    """Optimiser steps, instead of `epochs`."""
+    batch_size: Count | None = None
+    """Examples per step. Default: 16 for classification, 8 for instructions."""
+    accumulation: Count = 1
+    """Batches whose gradients are summed to one step."""
+    lr: Positive | None = None
+    """Learning rate at its highest. Default: the method's."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    warmup: Fraction = 0.06
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW; biases and norms never decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    seed: int = 0
+    """Seed of the new weights, the order of the data and the dropout."""
+    eval_every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between evaluations on the validation data. Default: each epoch; 0: only at the end."""
+    save_every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between checkpoints. Default: with each evaluation; 0: never."""
+    keep: Count = 1
+    """Checkpoints kept, apart from the best one."""
+    select: Literal["best", "last"] = "best"
+    """Which weights the run ends with: the best on the validation data, or the last."""
+    metric: str | None = None
+    """What "best" means. Default: accuracy for classification, loss for instructions."""
+    early_stop: Count | None = None
+    """Evaluations in a row without a better metric after which the run ends."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights; auto: bfloat16 on a GPU that has it, else float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to keep fewer of them."""
+    group_by_length: bool = True
+    """Make batches of texts of about one length, so that little is padded."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs={self.epochs:g} and steps={self.steps}: give one of the two")
+        return self
+
+
+class RunSettings(_Section):
+    """Everything that a training run is told.
+
+    Example:
+        >>> s = RunSettings(base="demo:minilm", data={"train": "mail.csv"}, method="lora")
+        >>> s.method, s.data.test_fraction, str(s.run_dir)
+        ({'name': 'lora'}, 0.2, 'runs/classification-lora')
+
+    Raises:
+        SettingsError: A key is unknown or missing, or a value can't be; it names the key, the
+            value and the nearest right one.
+    """
+
+    base: str
+    """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
+    task: str = "classification"
+    """`classification` (of texts or pairs) or `instruct`."""
+    data: DataSettings
+    """Where the data lies."""
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "LoRA"})
+    """The method's `name` and its settings; `graftune methods` lists them."""
+    train: TrainSettings = TrainSettings()
+    """How it is trained."""
+    out: str | None = None
+    """The run's directory. Default: `runs/NAME`."""
+    name: str | None = None
+    """The run's and the adapter's name. Default: TASK-METHOD."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(settings_message(error, type(self))) from None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_first(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "name" not in value:
+            raise ValueError('needs a name, as in {"name": "lora", "r": 8}')
+        return value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _train_alone(cls, value: Any) -> Any:
+        return {"train": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError(f'"{value}" is no name: use letters, digits, "-" and "_" only')
+        return value
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], where: Callable[[KeyPath], str] | None = None
+    ) -> RunSettings:
+        """Returns settings from nested dictionaries; `where` puts a place before an error.
+
+        Raises:
+            SettingsError: As for the class.
+        """
+        try:
+            return cls._checked(values)
+        except ValidationError as error:
+            raise SettingsError(settings_message(error, cls, where)) from None
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> RunSettings:
+        """Returns settings from nested dictionaries, pydantic's own errors left as they are."""
+        made = cls.__new__(cls)
+        cls.__pydantic_validator__.validate_python(dict(values), self_instance=made)
+        return made
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunSettings:
+        """Returns the settings of a YAML file, changed by `a.b=value` overrides.
+
+        Raises:
+            SettingsError: As for the class, with `file:line` before it; or the file can't be read.
+        """
+        file = read_settings_file(path)
+        changes = [parse_override(text) for text in overrides]
+        values = apply_overrides(file.values, changes)
+        changed = {key for key, _ in changes}
+
+        def where(key: KeyPath) -> str:
+            return "--set" if key in changed else file.where(key)
+
+        return cls.from_dict(values, where)
+
+    def with_overrides(self, overrides: Iterable[str]) -> RunSettings:
+        """Returns these settings changed by `a.b=value` overrides.
+
+        Raises:
+            SettingsError: An override isn't `key=value`, or its key or value can't be.
+        """
+        changes = [parse_override(text) for text in overrides]
+        return self.from_dict(apply_overrides(self.to_dict(), changes), lambda _: "--set")
+
+    def replaced(self, **changes: Any) -> RunSettings:
+        """Returns these settings with other values, checked; sections are merged.
+
+        Raises:
+            SettingsError: As for the class.
+        """
+        return self.from_dict(_merged(self.to_dict(), changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as nested dictionaries of plain values."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Returns the settings as a YAML file's text, which `from_yaml` reads."""
+        return dump(self.to_dict())
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """Returns the JSON schema of a settings file, for editors."""
+        return cls.model_json_schema()
+
+    @property
+    def method_name(self) -> str:
+        """The method's name as it was given."""
+        return str(self.method["name"])
+
+    @property
+    def run_name(self) -> str:
+        """The run's name, which is the adapter's too."""
+        return self.name or f"{self.task}-{self.method_name.lower()}"
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of everything that the run writes."""
+        return Path(self.out) if self.out else Path("runs") / self.run_name
+
+
+def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(values)
+    for key, value in changes.items():
+        section = isinstance(value, Mapping) and isinstance(out.get(key), dict) and key != "method"
+        out[key] = _merged(out[key], cast(Mapping[str, Any], value)) if section else value
+    return out
