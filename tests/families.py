@@ -45,8 +45,10 @@ class Family:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """The tasks `build` accepts."""
-        return ("default", "classification") if self.classification else ("default",)
+        """The tasks whose classes differ; `build` takes both names wherever there is a class."""
+        return (
+            ("default",) if self.classification == self.default else ("default", "classification")
+        )
 
     def model_class(self, task: Task = "default") -> type[PreTrainedModel]:
         """Returns the class that `build` makes."""
@@ -92,9 +94,11 @@ class Family:
     ) -> dict[str, Tensor]:
         """Returns the forward's arguments, without labels.
 
-        With `padding` the first row holds `length - 2` real tokens (its first ones the same as
-        without padding) and the mask says so. Padded left, positions are given where the model takes
-        them and doesn't find them itself, so that real tokens see what they see unpadded.
+        With `padding` the first row holds `length - 2` real tokens (the same as its first ones
+        without padding, but for an end token where rows have one) and the mask says so. Padded
+        left, positions are given where the model takes them and doesn't find them itself, so that
+        real tokens see what they see unpadded. Encoders that pool the first token, and BART's
+        encoder with its learned positions, do differ when padded left, whatever is given.
         """
         draw = torch.Generator().manual_seed(seed)
         images = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=draw)}
@@ -167,9 +171,9 @@ def _pad(ids: Tensor, padding: Padding, last: int | None) -> tuple[Tensor, Tenso
         row = ids[0, :-2].clone()
         if last is not None:
             row[-1] = last
-        gap = torch.full((2,), PAD)
+        gap, real = torch.full((2,), PAD), torch.ones_like(row)
         ids[0] = torch.cat([gap, row] if padding == "left" else [row, gap])
-        mask[0] = torch.cat([gap, torch.ones_like(row)] if padding == "left" else [0 * row + 1, gap])
+        mask[0] = torch.cat([0 * gap, real] if padding == "left" else [real, 0 * gap])
     return ids, mask
 
 
@@ -305,7 +309,8 @@ def _encoder(name: str, prefix: str, settings: dict[str, Any]) -> Family:
 
 
 def _decoder(name: str, prefix: str, settings: dict[str, Any], **more: Any) -> Family:
-    return _family(name, "decoder", prefix, more.pop("task", "ForCausalLM"), settings=settings, **more)
+    task = more.pop("task", "ForCausalLM")
+    return _family(name, "decoder", prefix, task, settings=settings, **more)
 
 
 _ALL = (
