@@ -1,0 +1,142 @@
+"""What a user may call data: a file, a folder, or a data set of the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graftune.errors import DataError
+from graftune.tasks.tables import (
+    Table,
+    missing_file_message,
+    name_classes,
+    read_table,
+    readable_endings,
+)
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+"""The names under which each split is found in a folder or data set."""
+
+
+def read_source(spec: str) -> dict[str, Table]:
+    """Returns the splits of a file, a folder, or a data set's name (`owner/name:configuration`).
+
+    A single file or an unnamed split is "train".
+
+    Raises:
+        DataError: There is nothing of that name, or it can't be read.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return {"train": read_table(path)}
+    if path.is_dir():
+        saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+        return _saved_dataset(path) if saved else _folder(path)
+    if path.suffix.lower() in readable_endings() or spec.startswith((".", "/", "~")):
+        raise DataError(missing_file_message(path))
+    return _named_dataset(spec)
+
+
+def read_split(spec: str, split: str) -> Table:
+    """Returns the one split that a file, folder or data set's name stands for.
+
+    Raises:
+        DataError: As `read_source`; or the source holds several splits, but not this one.
+    """
+    tables = read_source(spec)
+    if split in tables:
+        return tables[split]
+    if len(tables) == 1:
+        return next(iter(tables.values()))
+    raise DataError(f'"{spec}" holds no {split} split: found {", ".join(tables)}.')
+
+
+def file_hashes(spec: str) -> dict[str, str]:
+    """Returns the SHA-256 of a data file, or of each data file of a folder; {} for a name."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+    if path.is_dir():
+        files = sorted(item for item in path.iterdir() if item.is_file())
+        return {str(item): hashlib.sha256(item.read_bytes()).hexdigest() for item in files}
+    return {}
+
+
+def _folder(path: Path) -> dict[str, Table]:
+    files = sorted(
+        item
+        for item in path.iterdir()
+        if item.is_file() and item.suffix.lower() in readable_endings()
+    )
+    if len(files) == 1:
+        return {"train": read_table(files[0])}
+    found: dict[str, Path] = {}
+    for item in files:
+        split = _split_of(item.stem)
+        if split is not None and split in found:
+            raise DataError(f'"{path}" holds two {split} files: {found[split].name}, {item.name}.')
+        if split is not None:
+            found[split] = item
+    if "train" not in found:
+        names = ", ".join(item.name for item in files) or "no data file"
+        raise DataError(
+            f'"{path}" holds {names}: expected one data file, or one named train and, if you like, '
+            f"one named validation and one named test ({', '.join(readable_endings())})."
+        )
+    return {split: read_table(item) for split, item in found.items()}
+
+
+def _split_of(stem: str) -> str | None:
+    word = stem.lower().replace("_", "-").split("-")[0]
+    return next((split for split, names in SPLIT_NAMES.items() if word in names), None)
+
+
+def _saved_dataset(path: Path) -> dict[str, Table]:
+    import datasets
+
+    try:
+        return _tables(datasets.load_from_disk(str(path)), str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f'"{path}" is not a whole `datasets` folder: {error}.') from error
+
+
+def _named_dataset(spec: str) -> dict[str, Table]:
+    import datasets
+
+    name, _, configuration = spec.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f'"{spec}" is neither a file nor a folder here, and no data set of that name could be '
+            f"loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return _tables(loaded, spec)
+
+
+def _tables(loaded: Any, source: str) -> dict[str, Table]:
+    if not isinstance(loaded, Mapping):
+        return {"train": _table(loaded, source)}
+    tables: dict[str, Table] = {}
+    for name, part in loaded.items():
+        split = _split_of(str(name))
+        if split is not None and split not in tables:
+            tables[split] = _table(part, f"{source} {name}")
+    if not tables:
+        raise DataError(f'"{source}" has no split that is known: found {", ".join(loaded)}.')
+    return tables
+
+
+def _table(dataset: Any, source: str) -> Table:
+    names = {
+        column: list(feature.names)
+        for column, feature in dataset.features.items()
+        if hasattr(feature, "names")
+    }
+    return Table([name_classes(row, names) for row in dataset.to_list()], source)
