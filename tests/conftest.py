@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import sys
 
 # Before anything imports transformers, huggingface_hub or torch: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,27 +13,30 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import numpy as np
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    """Each test starts from the same random state, whatever ran before it."""
+def seeded() -> None:
+    """Each test starts from the same random state, whatever ran before it.
+
+    Libraries that no test has imported yet have no state to set: not importing them here keeps the
+    tests that need neither torch nor NumPy fast.
+    """
     random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    yield
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none."""
-    if torch.cuda.is_available():
+    marked = [item for item in items if "gpu" in item.keywords]
+    if not marked:
         return
-    missing = pytest.mark.skip(reason="needs a CUDA device and there is none")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(missing)
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and there is none"))

@@ -23,7 +23,7 @@ class Block:
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
-    """Returns the page's blocks in these languages that aren't marked `<!-- not run: reason -->`."""
+    """Returns the page's blocks in these languages, but those after `<!-- not run: reason -->`."""
     text = page.read_text(encoding="utf-8")
     found: list[Block] = []
     for match in _FENCE.finditer(text):
@@ -50,6 +50,6 @@ def commands(page: Path) -> list[str]:
     """Returns the page's shell commands, continuation lines joined, comments left out."""
     lines: list[str] = []
     for block in blocks(page, "bash", "sh", "console"):
-        joined = re.sub(r"\\\n\s*", " ", block.text)
+        joined = re.sub(r"\s*\\\n\s*", " ", block.text)
         lines += [re.sub(r"\s+#.*", "", line).removeprefix("$ ") for line in joined.splitlines()]
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
