@@ -1,0 +1,95 @@
+"""The base model an adapter belongs to: what identifies it, and what differs between two."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftune.errors import BaseMismatchError
+
+_SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+_PROBES = 4
+_PROBED_VALUES = 64
+
+
+def fingerprint(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns class, name, sizes and a cheap checksum of a model's weights.
+
+    The checksum reads the first values of the first matrix and of a few others spread over the
+    model, so that it costs the same for 70 billion parameters as for ten thousand.
+
+    Args:
+        skip: names of modules whose values belong to adapters (newly initialised heads).
+    """
+    config = getattr(model, "config", None)
+    sizes = {key: getattr(config, key, None) for key in _SIZES}
+    return {
+        "class": type(model).__name__,
+        "name": base_name(model),
+        "sizes": {key: value for key, value in sizes.items() if isinstance(value, int | str)},
+        "weights": _checksum(model, tuple(skip)),
+    }
+
+
+def base_name(model: nn.Module) -> str:
+    """Returns the name or folder a model was loaded from, or ''."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "")
+
+
+def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[str] = ()) -> None:
+    """Compares a model with the fingerprint an adapter was saved with.
+
+    Raises:
+        BaseMismatchError: class, sizes or weights differ; the message names both models.
+    """
+    found = fingerprint(model, skip)
+    ours = f"{found['class']}{_quoted(found['name'])}"
+    theirs = f"{saved.get('class')}{_quoted(saved.get('name'))}"
+    for key, value in (saved.get("sizes") or {}).items():
+        other = found["sizes"].get(key)
+        if other != value:
+            raise BaseMismatchError(
+                f"{where} was made for {theirs} with {key} {value}; this model is {ours} with "
+                f"{key} {other}."
+            )
+    if None not in (saved.get("weights"), found["weights"]) and saved["weights"] != found["weights"]:
+        raise BaseMismatchError(
+            f"{where} was made for {theirs} with other weights than this {ours}: the sizes agree, "
+            "the values don't. Load the base model it names, or pass check_base=False if you know "
+            "that they may differ (a quantised or converted copy)."
+        )
+
+
+def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
+    matrices = [
+        tensor
+        for name, tensor in model.named_parameters()
+        if tensor.ndim >= 2 and ".deltas." not in name and not _below(name, skip)
+    ]
+    if not matrices or any(not t.is_floating_point() or t.is_meta for t in matrices):
+        return None  # quantised or without numbers: nothing to compare
+    step = max(1, len(matrices) // _PROBES)
+    digest = hashlib.sha256()
+    for tensor in matrices[::step][:_PROBES]:
+        digest.update(_probe(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _probe(tensor: Tensor) -> bytes:
+    """Returns the tensor's first values rounded to bfloat16, so that fp32 and bf16 copies agree."""
+    import torch
+
+    values = tensor.detach().reshape(-1)[:_PROBED_VALUES].to(torch.bfloat16)
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _below(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _quoted(name: Any) -> str:
+    return f' "{name}"' if name else ""
