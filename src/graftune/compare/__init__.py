@@ -1,0 +1,1 @@
+"""Many methods, one budget, one report."""
