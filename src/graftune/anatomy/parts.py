@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["query", "key", "value", "output", "up", "gate", "down"]
+Role = Literal["query", "key", "value", "output", "up", "gate", "down", "other"]
+"""What a linear map does in its span. "gate" is the half of a gated feed-forward that passes through
+the activation, whatever its name; "other" is a module asked for by name that has none of the roles."""
 SpanKind = Literal["attention", "cross-attention", "ffn"]
 Order = Literal["pre", "post", "sandwich", "parallel"]
 StackKind = Literal["encoder", "decoder", "vision", "text"]

@@ -1,0 +1,110 @@
+"""Reads a model's anatomy off its module tree; never runs, changes or copies the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from graftune.anatomy import order, surroundings, table
+from graftune.anatomy.blocks import find_chains, stack_kind
+from graftune.anatomy.given import check_given
+from graftune.anatomy.modules import Tree
+from graftune.anatomy.parts import Anatomy, Block, Span, Stack
+from graftune.anatomy.spans import BlockView, Draft, find_spans
+from graftune.errors import AnatomyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anatomy:
+    """Returns what `model` is made of: stacks, blocks, spans, projections, norms, heads.
+
+    Works on the meta device, on quantised models and on models with adapters attached; the model,
+    its mode, its hooks and every random state stay as they are. What could not be found is named,
+    a line each, in `Anatomy.missing`.
+
+    Args:
+        model: Any transformers model.
+        given: Your own description; its paths are checked and it is returned.
+
+    Raises:
+        AnatomyError: If `model` isn't a transformers model or `given` names what it doesn't have.
+    """
+    if not hasattr(model, "config") or not hasattr(model, "named_modules"):
+        found = type(model).__name__
+        raise AnatomyError(f"anatomy needs a transformers model (PreTrainedModel), not {found}.")
+    tree = Tree(model)
+    return check_given(given, tree) if given is not None else _discover(model, tree)
+
+
+def _discover(model: PreTrainedModel, tree: Tree) -> Anatomy:
+    model_type = str(getattr(model.config, "model_type", "") or type(model).__name__)
+    stacks, missing = _stacks(model, tree, model_type)
+    paths = [block.path for stack in stacks for block in stack.blocks]
+    output = surroundings.output_embeddings(model, tree)
+    heads = surroundings.heads(model, tree, output)
+    new = surroundings.new_heads(model, tree, heads, paths, model_type)
+    return Anatomy(
+        model_type=model_type,
+        stacks=stacks,
+        input_embeddings=surroundings.input_embeddings(model, tree, paths),
+        output_embeddings=output,
+        heads=heads + tuple(path for path in new if path not in heads),
+        new_heads=new,
+        norms=surroundings.norms(tree),
+        biases=surroundings.biases(tree),
+        tied=surroundings.tied_tensors(tree),
+        missing=missing,
+    )
+
+
+def _stacks(
+    model: PreTrainedModel, tree: Tree, model_type: str
+) -> tuple[tuple[Stack, ...], tuple[str, ...]]:
+    stacks: list[Stack] = []
+    missing: list[str] = []
+    index = 0
+    for chain in find_chains(tree):
+        blocks: list[Block] = []
+        for path in chain.blocks:
+            view = BlockView(tree, path, model_type, model.config)
+            block, lines = _block(view, index, len(blocks))
+            blocks.append(block)
+            missing += lines
+            index += 1
+        kind = stack_kind(chain.path, tree, model_type, model.config)
+        stacks.append(Stack(kind, chain.path, tuple(blocks)))
+    if not stacks:
+        missing.append("no list of blocks with attention or feed-forward linears found")
+    return tuple(stacks), tuple(missing)
+
+
+def _block(view: BlockView, index: int, position: int) -> tuple[Block, list[str]]:
+    drafts = find_spans(view)
+    outer = order.outer_norms(view, drafts)
+    spans = tuple(_span(draft, drafts, outer, view) for draft in drafts)
+    width = _width(view, spans)
+    lines = [line for draft in drafts for line in draft.missing]
+    kind = order.find_order(view, drafts, outer)
+    return Block(view.path, index, position, kind, width, spans), lines
+
+
+def _span(draft: Draft, drafts: list[Draft], outer: list[str], view: BlockView) -> Span:
+    return Span(
+        kind=draft.kind,
+        module=order.span_module(draft, drafts, outer, view),
+        projections=tuple(draft.projections),
+        norms=tuple(order.norms_of(draft, drafts, outer, view)),
+        inner_norms=order.inner_norms(view, draft, drafts),
+        adds_residual=view.model_type in table.ADDS_RESIDUAL,
+        experts=draft.experts,
+    )
+
+
+def _width(view: BlockView, spans: tuple[Span, ...]) -> int:
+    """Returns the width of the block's hidden state: what its outputs write."""
+    for span in spans:
+        for projection in span.roles("output", "down"):
+            if projection.module in view.tree.linears:
+                return view.tree.linears[projection.module][1]
+    return 0
