@@ -1,0 +1,59 @@
+"""graftune: every parameter-efficient fine-tuning method on any Hugging Face transformer.
+
+    import graftune as gt
+    adapter = gt.attach(model, gt.LoRA(r=8), name="intents")
+
+Names are loaded when first used, so that importing this is instant. Methods, such as `gt.LoRA`, are
+found by the name that their class is registered under.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "adapter",
+    "Anatomy": "anatomy",
+    "Rows": "composition",
+    "Stack": "composition",
+    "Trainer": "training",
+    "activate": "adapter",
+    "adapters": "adapter",
+    "attach": "adapter",
+    "detach": "adapter",
+    "inspect": "formats",
+    "load": "formats",
+    "merge": "merging",
+    "register": "methods.base",
+    "resolve": "anatomy",
+    "state_of": "adapter",
+    "summary": "counting",
+    "unmerge": "merging",
+    "using": "adapter",
+}
+_METHODS = ("BitFit", "FullFineTuning", "LoRA")
+
+__all__ = sorted([*_HOMES, *_METHODS, "anatomy"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "anatomy":  # the package can be called as the function it is named after
+        return importlib.import_module("graftune.anatomy")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"graftune.{_HOMES[name]}"), name)
+    if not name.startswith("_") and name[:1].isupper():
+        from graftune.methods import methods
+
+        known = methods()
+        if name in known:
+            return known[name]
+    from graftune.errors import nearest
+
+    raise AttributeError(f'graftune has no "{name}".{nearest(name, __all__)}')
+
+
+def __dir__() -> list[str]:
+    return __all__

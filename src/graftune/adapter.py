@@ -1,0 +1,484 @@
+"""An adapter's life: attach, activate, save, detach.
+
+Everything that is attached to a model hangs on one object, `model.__dict__["_graftune"]`, and on the
+sites below the hosts; `merging.py` writes changes into the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy, anatomy
+from graftune.composition import Composition, Rows, check_names, members_of
+from graftune.errors import AdapterError, FormatError, SettingsError, nearest
+from graftune.methods.base import HeadChoice, Method
+from graftune.sites.base import Deltas, Graft, LinearPlace, Site
+from graftune.sites.linear import LinearSite
+from graftune.sites.parameter import ParameterSite, own_value
+from graftune.sites.state import Active, Plan, carry_plan_through_checkpoints
+
+if TYPE_CHECKING:
+    from graftune.merging import Merged
+
+STATE = "_graftune"
+
+
+class Adapter:
+    """All deltas of one method attached under one name, with the head trained with it.
+
+    Attributes:
+        name: what it is called on its model.
+        method: its settings.
+        model: the model it is attached to.
+        grafts: its deltas and their places, the head's last.
+        head_names: paths of the head modules of which it has its own values.
+        trainable: whether its tensors get gradients while it is active.
+    """
+
+    def __init__(
+        self, name: str, method: Method, model: nn.Module, grafts: list[Graft], heads: tuple[str, ...]
+    ) -> None:
+        self.name, self.method, self.model, self.grafts = name, method, model, grafts
+        self.head_names = heads
+        self.trainable = True
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (absolute name, tensor): what a file keeps, parameters and buffers."""
+        if self.method.trains_in_place:
+            yield from self.model.named_parameters()
+        for graft in self.grafts:
+            yield from graft.tensors()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields (absolute name, trained tensor), each once."""
+        for name, tensor in self.named_tensors():
+            if isinstance(tensor, nn.Parameter):
+                yield name, tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the trained tensors."""
+        for _, tensor in self.named_parameters():
+            yield tensor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns every tensor by its absolute name, detached."""
+        return {name: tensor.detach() for name, tensor in self.named_tensors()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], strict: bool = True) -> None:
+        """Copies tensors in, all or none.
+
+        Raises:
+            FormatError: for missing, unexpected or misshaped tensors, listing them.
+        """
+        own = dict(self.named_tensors())
+        wrong = [f"{k} is missing" for k in own if k not in tensors]
+        wrong += [f"{k} is unexpected" for k in tensors if k not in own]
+        wrong = wrong if strict else []
+        wrong += [
+            f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
+            for k in own
+            if k in tensors and tensors[k].shape != own[k].shape
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise FormatError(f'Adapter "{self.name}": {"; ".join(wrong[:5])}{more}.')
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name in own:
+                    own[name].copy_(tensor)
+
+    def count(self) -> int:
+        """Returns the number of trained parameters, its head's included."""
+        return sum(tensor.numel() for tensor in self.parameters())
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the adapter's directory, whole or not at all, and returns its path."""
+        return _formats().save(self, path)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.method.name}, {self.count():,} parameters)"
+
+
+class Grafts:
+    """What is attached to one model, and which of it acts.
+
+    It also answers what transformers asks of a model with adapters, so that `save_pretrained` and
+    the stock Trainer write the active adapter alone.
+    """
+
+    def __init__(self, model: nn.Module, parts: Anatomy) -> None:
+        self.model = model
+        self.anatomy = parts
+        self.active = Active()
+        self.adapters: dict[str, Adapter] = {}
+        self.merged: Merged | None = None
+        self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.handles: list[Any] = []
+
+    def prepare(self, module: nn.Module, args: Any) -> None:
+        """Readies a forward pass. A forward pre-hook of the model."""
+        if module.training and any(m.gradient_checkpointing for m in self.checkpointed):
+            carry_plan_through_checkpoints(self.model, self.active)
+
+    def active_adapters(self) -> list[str]:
+        """Returns the names of the active adapters. Asked by transformers."""
+        names = [n for n in members_of(self.active.current().composition) if n in self.adapters]
+        if not names:
+            raise AdapterError(
+                "No adapter is active, so there is none to save: activate one of "
+                f"{', '.join(self.adapters)}, or detach all to save the base."
+            )
+        return names
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Returns the tensors that an adapter's file holds. Asked by transformers."""
+        return _formats().file_tensors(self.adapters[adapter_name or self.active_adapters()[0]])
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """What transformers asks to write the adapter's settings."""
+        return {name: _formats().FileConfig(adapter) for name, adapter in self.adapters.items()}
+
+    def tell_transformers(self) -> None:
+        """Sets on the model what transformers looks for, or takes it away."""
+        model = self.model.__dict__
+        living = [a for a in self.adapters.values() if not a.method.trains_in_place]
+        if self.merged is not None:
+            living = [a for a in living if a.name not in self.merged.names]
+        if living:
+            model["_hf_peft_config_loaded"] = True
+            model["peft_config"] = self.peft_config
+            model["active_adapters"] = self.active_adapters
+            model["get_adapter_state_dict"] = self.get_adapter_state_dict
+        else:
+            for name in ("_hf_peft_config_loaded", "peft_config", "active_adapters"):
+                model.pop(name, None)
+            model.pop("get_adapter_state_dict", None)
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    name: str = "default",
+    *,
+    seed: int | None = None,
+    empty: bool = False,
+) -> Adapter:
+    """Attaches a method to a model under a name, and activates it for training.
+
+    The base is frozen; the newly initialised head gets values of its own in the adapter.
+
+    Args:
+        model: any `PreTrainedModel`; its class, names and tensors stay as they are.
+        method: settings such as `LoRA(r=8)`.
+        name: without "/" or "."; what the adapter is saved and switched by.
+        seed: makes the initial values reproducible, leaving the global generator alone.
+        empty: leave tensors uninitialised, for a file to fill them.
+
+    Raises:
+        AdapterError: for a name that is taken or can't be one.
+        SettingsError: for settings that don't fit the model.
+        AnatomyError: for targets that name nothing in it.
+    """
+    model = plain_model(model)
+    if not isinstance(method, Method):
+        raise SettingsError(
+            f"attach takes a method such as gt.LoRA(r=8), found {method!r}."
+        )
+    _check_name(name)
+    state: Grafts | None = model.__dict__.get(STATE)
+    if state is not None:
+        _check_place(state, method, name)
+    parts = state.anatomy if state is not None else anatomy(model)
+    with _seeded(seed):
+        grafts = method.plan(model, parts, empty=empty)
+        heads = head_names(model, parts, method.train_head)
+        if not method.trains_in_place:
+            grafts = grafts + _head_grafts(model, heads, grafts, empty)
+    state = state or _install(model, parts)
+    adapter = Adapter(name, method, model, grafts, heads)
+    state.adapters[name] = adapter
+    insert(model, state.active, name, grafts)
+    _set_active(state, name)
+    return adapter
+
+
+def activate(model: nn.Module, composition: Composition) -> None:
+    """Makes a composition the one that acts, until the next call; None is the base.
+
+    Raises:
+        AdapterError: for an unknown name, or one that can't act so.
+    """
+    state = state_of(model)
+    check_composition(state, composition)
+    _set_active(state, composition)
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, composition: Composition) -> Iterator[None]:
+    """Lets a composition act inside the block, for the caller's thread or task alone.
+
+    Raises:
+        AdapterError: for an unknown name, or one that can't act so.
+    """
+    state = state_of(model)
+    check_composition(state, composition)
+    with state.active.pinned(Plan.of(composition)):
+        yield
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Returns the model's adapters by name; empty for a plain model."""
+    state = plain_model(model).__dict__.get(STATE)
+    return dict(state.adapters) if state is not None else {}
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Takes an adapter off; with the last one the model is as it was, module tree and all.
+
+    Raises:
+        AdapterError: for an unknown name, or an adapter that is active, merged or trained in place.
+    """
+    model = plain_model(model)
+    state = state_of(model)
+    check_names(name, state.adapters)
+    adapter = state.adapters[name]
+    _check_removable(state, adapter)
+    remove(model, name, adapter.grafts)
+    del state.adapters[name]
+    state.tell_transformers()
+    if not state.adapters:
+        _uninstall(model, state)
+    forget_compiled()
+
+
+def state_of(model: nn.Module) -> Grafts:
+    """Returns what is attached to a model.
+
+    Raises:
+        AdapterError: if nothing is.
+    """
+    state = plain_model(model).__dict__.get(STATE)
+    if state is None:
+        raise AdapterError(f"No adapter is attached to this {type(model).__name__}.")
+    return state
+
+
+def check_composition(state: Grafts, composition: Composition) -> None:
+    """Raises AdapterError if a composition can't act on the model now."""
+    names = members_of(composition)
+    check_names(composition, state.adapters)
+    for adapter in state.adapters.values():
+        if adapter.method.trains_in_place and names != (adapter.name,):
+            raise AdapterError(
+                f'Adapter "{adapter.name}" trains the base in place, so it can\'t be switched off: '
+                "attach FullFineTuning(keep_base=True) for one that can."
+            )
+    if isinstance(composition, Rows):
+        for name in names:
+            method = state.adapters[name].method
+            if not method.mixes_rows:
+                raise AdapterError(
+                    f'Adapter "{name}" is {method.name}, which changes whole weights and can\'t '
+                    "act on some rows of a batch only."
+                )
+    if state.merged is not None:
+        for name in names:
+            if name in state.merged.names:
+                raise AdapterError(f'Adapter "{name}" is merged: unmerge before you switch it.')
+
+
+def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[str, ...]:
+    """Returns the paths of the heads that a `train_head` setting asks for.
+
+    Raises:
+        SettingsError: if it names a module the model doesn't have.
+    """
+    if choice is None:
+        return parts.new_heads
+    if isinstance(choice, bool):
+        return parts.heads if choice else ()
+    every = dict(model.named_modules())
+    found: list[str] = []
+    for name in choice:
+        hits = [path for path in every if path == name or path.endswith(f".{name}")]
+        if not hits:
+            known = [*parts.heads, *every]
+            raise SettingsError(
+                f'train_head names "{name}", which {type(model).__name__} has not; its heads are '
+                f"{', '.join(parts.heads) or 'none'}.{nearest(name, known)}"
+            )
+        found += hits
+    return tuple(dict.fromkeys(found))
+
+
+def insert(model: nn.Module, active: Active, name: str, grafts: Iterable[Graft]) -> None:
+    """Hangs deltas below their hosts, and hooks on those that have none yet."""
+    aliases = tensor_names(model)
+    for graft in grafts:
+        place, host = graft.place, model.get_submodule(graft.place.module)
+        graft.delta.train(host.training)
+        if isinstance(place, LinearPlace):
+            device = next(host.parameters()).device
+            site = _site(host, place.site, lambda d=device, p=place: LinearSite(active, p.rows, d))
+            site._modules[name] = graft.delta
+            continue
+        tensor = host._parameters.get(place.parameter)
+        for alias in aliases.get(id(tensor), [(place.module, place.parameter)]):
+            twin = model.get_submodule(alias[0])
+            site = _site(twin, "parameters", lambda: ParameterSite(active))
+            if name not in site._modules:
+                site._modules[name] = nn.Module()
+            site._modules[name]._modules[alias[1]] = graft.delta  # type: ignore[union-attr]
+    forget_compiled()
+
+
+def remove(model: nn.Module, name: str, grafts: Iterable[Graft]) -> None:
+    """Takes an adapter's deltas out of the tree, and the sites that it leaves empty."""
+    for host in list(model.modules()):
+        deltas = host._modules.get("deltas")
+        if not isinstance(deltas, Deltas):
+            continue
+        for key, site in list(deltas._modules.items()):
+            assert isinstance(site, Site)
+            site._modules.pop(name, None)
+            if not site._modules:
+                site.unhook()
+                del deltas._modules[key]
+        if not deltas._modules:
+            del host._modules["deltas"]
+
+
+def tensor_names(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """Returns every place, (module path, tensor name), of each parameter by its id."""
+    names: dict[int, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append((path, name))
+    return names
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Returns the model inside torch.compile's wrapper, or the model."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def forget_compiled() -> None:
+    """Lets compiled models see new hooks: dynamo looks at hooks only when it traces."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
+def _site(host: nn.Module, key: str, make: Any) -> Site:
+    deltas = host._modules.get("deltas")
+    if deltas is None:
+        deltas = Deltas()
+        host.add_module("deltas", deltas)
+    site = deltas._modules.get(key)
+    if site is None:
+        site = make()
+        deltas._modules[key] = site
+        site.hook(host)
+    assert isinstance(site, Site)
+    return site
+
+
+def _head_grafts(
+    model: nn.Module, heads: tuple[str, ...], taken: list[Graft], empty: bool
+) -> list[Graft]:
+    have = {graft.place.key for graft in taken}
+    names = [f"{h}.{n}" if h else n for h in heads for n, _ in model.get_submodule(h).named_parameters()]
+    names = [name for name in dict.fromkeys(names) if ".deltas." not in name and name not in have]
+    return [own_value(model, name, empty=empty, adds=False) for name in names]
+
+
+def _set_active(state: Grafts, composition: Composition) -> None:
+    state.active.set(composition)
+    acting = members_of(composition)
+    for adapter in state.adapters.values():
+        on = adapter.trainable and adapter.name in acting
+        for tensor in adapter.parameters():
+            tensor.requires_grad_(on)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or any(c in name for c in "/\\.") or name.strip() != name:
+        raise AdapterError(
+            f'An adapter\'s name is text without "/", "\\", "." or outer blanks, found {name!r}.'
+        )
+
+
+def _check_place(state: Grafts, method: Method, name: str) -> None:
+    if name in state.adapters:
+        raise AdapterError(
+            f'An adapter named "{name}" is attached already; detach it, or take another name.'
+        )
+    for adapter in state.adapters.values():
+        if adapter.method.trains_in_place or method.trains_in_place:
+            here = adapter.name if adapter.method.trains_in_place else name
+            raise AdapterError(
+                f'"{here}" trains the base in place, so no other adapter can be beside it: attach '
+                "FullFineTuning(keep_base=True) for one that can share the model."
+            )
+
+
+def _check_removable(state: Grafts, adapter: Adapter) -> None:
+    if adapter.method.trains_in_place:
+        raise AdapterError(
+            f'Adapter "{adapter.name}" trained the base in place, so there is nothing to take off: '
+            "load the base anew, or attach FullFineTuning(keep_base=True)."
+        )
+    if state.merged is not None and adapter.name in state.merged.names:
+        raise AdapterError(f'Adapter "{adapter.name}" is merged: unmerge before you detach it.')
+    if adapter.name in members_of(state.active.current().composition):
+        raise AdapterError(
+            f'Adapter "{adapter.name}" is active: gt.activate(model, None) before you detach it.'
+        )
+
+
+def _install(model: nn.Module, parts: Anatomy) -> Grafts:
+    state = Grafts(model, parts)
+    model.__dict__[STATE] = state
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    body = getattr(model, "base_model", model)
+    for module in dict.fromkeys((model, body)):
+        state.handles.append(module.register_forward_pre_hook(state.prepare))
+    return state
+
+
+def _uninstall(model: nn.Module, state: Grafts) -> None:
+    for handle in state.handles:
+        handle.remove()
+    for name in state.thawed:
+        model.get_parameter(name).requires_grad_(True)
+    del model.__dict__[STATE]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _formats() -> Any:
+    # formats/ builds on this module; an adapter's own `save` is the one look back.
+    return importlib.import_module("graftune.formats")

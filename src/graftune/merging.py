@@ -1,0 +1,191 @@
+"""Writing adapters' changes into the weights, and taking them out again exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.adapter import (
+    Adapter,
+    Grafts,
+    check_composition,
+    forget_compiled,
+    insert,
+    plain_model,
+    remove,
+    state_of,
+    tensor_names,
+)
+from graftune.composition import Composition, Rows, members_of
+from graftune.errors import AdapterError
+from graftune.sites import hosts
+from graftune.sites.base import Delta, Graft, LinearDelta, LinearPlace, ParameterDelta
+
+
+@dataclass
+class Merged:
+    """What `unmerge` needs: the originals of every tensor that was changed."""
+
+    names: tuple[str, ...]
+    before: Composition
+    originals: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = field(default_factory=list)
+    untied: bool = False
+
+
+def merge(model: nn.Module, adapters: Composition) -> None:
+    """Writes an adapter (or a Stack) into the weights; the model is then a plain one.
+
+    The originals are kept, so that `unmerge` is exact. Sums are made in float32 and cast back.
+
+    Raises:
+        AdapterError: if something is merged already, or a method or host can't be merged.
+    """
+    model = plain_model(model)
+    state = state_of(model)
+    _check(state, adapters)
+    chosen = [state.adapters[name] for name in members_of(adapters)]
+    changed = _changed_tensors(model, chosen)
+    record = Merged(tuple(a.name for a in chosen), state.active.plan.composition)
+    for adapter in chosen:
+        remove(model, adapter.name, adapter.grafts)
+    for (path, name), value in changed.items():
+        _replace(model, record, path, name, value)
+    if record.untied:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    state.merged = record
+    state.active.set(None)
+    state.tell_transformers()
+    forget_compiled()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts the original weights back, bit for bit, and lets the adapters act beside them again.
+
+    Raises:
+        AdapterError: if nothing is merged.
+    """
+    model = plain_model(model)
+    state = state_of(model)
+    record = state.merged
+    if record is None:
+        raise AdapterError("Nothing is merged into this model.")
+    for host, name, parameter, data in record.originals:
+        parameter.data = data.to(parameter.device)
+        host._parameters[name] = parameter
+    if record.untied:
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    for adapter_name in record.names:
+        adapter = state.adapters[adapter_name]
+        for graft in adapter.grafts:
+            graft.delta.to(next(model.get_submodule(graft.place.module).parameters()).device)
+        insert(model, state.active, adapter_name, adapter.grafts)
+    state.merged = None
+    state.active.set(record.before)
+    state.tell_transformers()
+
+
+def _check(state: Grafts, adapters: Composition) -> None:
+    if state.merged is not None:
+        raise AdapterError(
+            f"{' and '.join(state.merged.names)} is merged already: unmerge before you merge again."
+        )
+    if isinstance(adapters, Rows) or not members_of(adapters):
+        raise AdapterError(f"merge takes an adapter's name or a Stack, found {adapters!r}.")
+    check_composition(state, adapters)
+    for name in members_of(adapters):
+        if state.adapters[name].method.trains_in_place:
+            raise AdapterError(f'Adapter "{name}" trains the base in place: it is merged as it is.')
+
+
+def _changed_tensors(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[str, str], Tensor]:
+    """Returns the new value of every tensor that the adapters change, by (module, name)."""
+    changed: dict[tuple[str, str], Tensor] = {}
+    with torch.no_grad():
+        for adapter in adapters:
+            for graft in adapter.grafts:
+                if not graft.delta.follows:
+                    _add(model, adapter, graft, changed)
+    return changed
+
+
+def _add(
+    model: nn.Module, adapter: Adapter, graft: Graft, changed: dict[tuple[str, str], Tensor]
+) -> None:
+    place, delta = graft.place, graft.delta
+    host = model.get_submodule(place.module)
+    key = (place.module, place.parameter)
+    base = host._parameters.get(place.parameter)
+    if base is None:
+        raise AdapterError(
+            f'Adapter "{adapter.name}" can\'t be merged: {place.module} has no {place.parameter} '
+            "to write into, and a new one would not be in the base model's class."
+        )
+    if hosts.is_quantised(host):
+        raise AdapterError(
+            f'Adapter "{adapter.name}" can\'t be merged into {place.module}: its weight is quantised; '
+            "load the base in 16 or 32 bit."
+        )
+    now = changed.get(key)
+    if isinstance(delta, ParameterDelta):
+        wide = base.detach() if now is None else now
+        changed[key] = delta.forward(wide, wide if now is None else base).detach().clone()
+        return
+    assert isinstance(place, LinearPlace) and isinstance(delta, LinearDelta)
+    changed[key] = _merged_weight(host, place, delta, base if now is None else now)
+    bias = host._parameters.get("bias")
+    own = getattr(delta, "merged_bias", None)
+    if own is not None and getattr(delta, "bias", None) is not None:
+        _add_bias(adapter, place, bias, delta, changed)
+
+
+def _merged_weight(
+    host: nn.Module, place: LinearPlace, delta: Delta, weight: Tensor
+) -> Tensor:
+    wide = hosts.oriented(host, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+    if place.rows is None:
+        wide = delta.merged(wide, host)
+    else:
+        wide = wide.clone()
+        at = torch.cat([torch.arange(a, b, device=wide.device) for a, b in place.rows])
+        wide[at] = delta.merged(wide[at], host)
+    return hosts.oriented(host, wide).to(weight.dtype).contiguous()
+
+
+def _add_bias(
+    adapter: Adapter, place: LinearPlace, bias: Tensor | None, delta: Any, changed: Any
+) -> None:
+    if bias is None or place.rows is not None:
+        raise AdapterError(
+            f'Adapter "{adapter.name}" can\'t be merged: B has a bias and {place.module} none to '
+            "write it into."
+        )
+    key = (place.module, "bias")
+    changed[key] = delta.merged_bias(changed.get(key, bias.detach()))
+
+
+def _replace(model: nn.Module, record: Merged, path: str, name: str, value: Tensor) -> None:
+    """Gives a host its new tensor: in place where it is alone or all its ties change with it."""
+    host = model.get_submodule(path)
+    parameter = host._parameters[name]
+    assert parameter is not None
+    record.originals.append((host, name, parameter, parameter.data))
+    ties = tensor_names(model)[id(parameter)]
+    if len(ties) > 1 and name == "weight" and _splits_tie(model, record, ties):
+        host._parameters[name] = nn.Parameter(value, requires_grad=False)
+        record.untied = True
+    else:
+        parameter.data = value
+
+
+def _splits_tie(model: nn.Module, record: Merged, ties: list[tuple[str, str]]) -> bool:
+    """Whether the change is meant for one of several tied hosts only."""
+    state = state_of(model)
+    for name in record.names:
+        for graft in state.adapters[name].grafts:
+            same = (graft.place.module, graft.place.parameter) in ties
+            if same and (graft.delta.follows or isinstance(graft.delta, ParameterDelta)):
+                return False
+    return True

@@ -1,0 +1,32 @@
+"""What acts at the sites: one file per method, with its settings, equation, initial values, counts.
+
+A file in this package registers its method by the class decorator `register`; another package's
+does so through the entry point group "graftune.methods". No list names them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graftune.methods.base import Method
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    for entry in importlib.metadata.entry_points(group="graftune.methods"):
+        entry.load()
+
+
+def methods() -> dict[str, type[Method]]:
+    """Returns every method by name: this package's, other packages' and those registered by hand."""
+    from graftune.methods.base import registered
+
+    _import_all()
+    return registered()

@@ -1,0 +1,251 @@
+"""What a method is: a frozen settings object that plans where its deltas go, and a registry of them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy
+from graftune.errors import SettingsError, nearest
+from graftune.sites.base import Graft
+
+HeadChoice = bool | tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a method, for help texts."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Settings of one method, checked when made; a subclass plans its grafts.
+
+    Subclasses are frozen keyword-only dataclasses with one doc comment below each field. `check`
+    raises for values out of range; `plan` raises everything that depends on the model.
+    """
+
+    name: ClassVar[str] = "Method"
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    default_lr: ClassVar[float] = 1e-3
+    """Learning rate that the method's users start from, for AdamW."""
+    mixes_rows: ClassVar[bool] = True
+    """Whether it may be one of several in `Rows`."""
+
+    train_head: HeadChoice = None
+    """Heads trained with it: None, the newly initialised ones; True, all; False, none; or names."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _frozen(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            self._check_type(field, value)
+        self.check()
+
+    @property
+    def trains_in_place(self) -> bool:
+        """Whether it trains the base's own tensors (then it can't be deactivated)."""
+        return False
+
+    def check(self) -> None:
+        """Raises SettingsError if a value is out of range; a subclass says which are."""
+
+    def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
+        """Returns the grafts for a model, touching nothing.
+
+        Args:
+            model: the base.
+            anatomy: what it is made of.
+            empty: leave tensors uninitialised and sizes unjudged, for a file to fill them.
+
+        Raises:
+            SettingsError: if a setting doesn't fit the model.
+            AnatomyError: if a target names nothing in it.
+        """
+        raise NotImplementedError
+
+    def penalty(self, adapter: Any) -> Tensor | None:
+        """Returns what training adds to the loss, a scalar, or None."""
+        return None
+
+    def advance(self, adapter: Any, step: int, total: int) -> None:
+        """Moves a schedule on, after each optimizer step."""
+
+    def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
+        """Returns optimizer groups (`params`, `lr`, ...) of the adapter's tensors, or None."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as JSON-able values, with the method's name under "method"."""
+        return {"method": self.name, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Method:
+        """Returns the method that `to_dict` wrote, or a mapping of the same form.
+
+        Raises:
+            SettingsError: for an unknown method or setting, naming the nearest.
+        """
+        given = dict(settings)
+        kind = cls
+        if "method" in given:
+            kind = find(str(given.pop("method")))
+        known = [field.name for field in dataclasses.fields(kind)]
+        for key in given:
+            if key not in known:
+                raise SettingsError(
+                    f'{kind.name} has no setting "{key}"; it has {", ".join(known)}.'
+                    f"{nearest(key, known)}"
+                )
+        return kind(**given)
+
+    @classmethod
+    def settings(cls) -> list[Setting]:
+        """Returns every setting with its type, default and doc comment."""
+        hints = {f.name: f for f in dataclasses.fields(cls)}
+        docs = _doc_comments(cls)
+        return [
+            Setting(name, str(field.type), _default(field), docs.get(name, ""))
+            for name, field in hints.items()
+        ]
+
+    def _check_type(self, field: dataclasses.Field[Any], value: Any) -> None:
+        hint = _hints(type(self))[field.name]
+        if not _fits(value, hint):
+            raise SettingsError(
+                f"{self.name}: {field.name} is {value!r} ({type(value).__name__}), expected "
+                f"{_plain(str(field.type))}."
+            )
+
+    def _check_number(
+        self, field: str, low: float, high: float = math.inf, *, open_high: bool = False
+    ) -> None:
+        """Raises unless a field is a finite number in [low, high] (or [low, high))."""
+        value = getattr(self, field)
+        inside = low <= value < high if open_high else low <= value <= high
+        if not (math.isfinite(value) and inside):
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise SettingsError(f"{self.name}: {field} is {value!r}, expected {bound}.")
+
+    def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
+        """Raises unless a field is one of the choices."""
+        value = getattr(self, field)
+        if value not in choices:
+            raise SettingsError(
+                f"{self.name}: {field} is {value!r}, expected one of {', '.join(choices)}."
+                f"{nearest(str(value), choices)}"
+            )
+
+
+M = TypeVar("M", bound=type[Method])
+_registry: dict[str, type[Method]] = {}
+
+
+def register(method: M) -> M:
+    """Registers a method class under its name. A class decorator.
+
+    Raises:
+        SettingsError: if another class has the name.
+    """
+    taken = _registry.get(method.name)
+    if taken is not None and taken.__qualname__ != method.__qualname__:
+        raise SettingsError(f'A method named "{method.name}" is registered already: {taken!r}.')
+    _registry[method.name] = method
+    return method
+
+
+def registered() -> dict[str, type[Method]]:
+    """Returns the registered methods by name."""
+    return dict(sorted(_registry.items()))
+
+
+def find(name: str) -> type[Method]:
+    """Returns the method of a name, whatever its case.
+
+    Raises:
+        SettingsError: if there is none, naming the nearest.
+    """
+    from graftune.methods import methods
+
+    known = methods()
+    for key, method in known.items():
+        if key.lower() == name.lower():
+            return method
+    raise SettingsError(
+        f'No method is named "{name}"; there are {", ".join(known)}.{nearest(name, known)}'
+    )
+
+
+def _frozen(value: Any) -> Any:
+    """Returns lists and sets as tuples, the form in which settings are kept."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else value
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type made of plain types, unions, tuples and mappings."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if origin in (dict, Mapping):
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in pairs)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _plain(hint: str) -> str:
+    """Returns an annotation as words for an error."""
+    return hint.replace("tuple[", "list of ").replace(", ...]", "").replace(" | ", " or ")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _doc_comments(cls: type) -> dict[str, str]:
+    """Returns the string below each annotated field, of the class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for here, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr):
+                text = ast.literal_eval(below.value)
+                docs[ast.unparse(here.target)] = " ".join(str(text).split())
+    return docs

@@ -1,0 +1,318 @@
+"""LoRA: y = W x + s * B A x with W frozen (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    x ──┬── W (frozen) ──────────┐      A (r, in): Kaiming uniform;  B (out, r): zeros
+        └─ dropout ─ A ─ B ─ *s ─┴─ y   s = alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
+
+Identity at init: yes, bit for bit. Merge: W + s B A. Count: r * (in + out) per matrix.
+PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start A and B from W; here the change is
+counted from that start, so W itself stays as it is. DoRA: see `Magnitude`. LoRA+: `lr_ratio`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy, Projection, resolve, resolve_biases
+from graftune.errors import SettingsError
+from graftune.methods import _low_rank as low_rank
+from graftune.methods.base import Method, register
+from graftune.sites import hosts
+from graftune.sites.base import Delta, Graft, LinearPlace, ParameterPlace
+from graftune.sites.parameter import own_value
+
+Targets = str | tuple[str, ...]
+Layers = int | str | tuple[int, ...] | None
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Low-rank changes of linear maps, embeddings, convolutions and expert tensors.
+
+    On 3-D expert tensors the change is of the weight itself, so `dropout` is refused there.
+    """
+
+    name: ClassVar[str] = "LoRA"
+    paper: ClassVar[str] = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
+    summary: ClassVar[str] = "A trained low-rank matrix beside each chosen frozen one; merges."
+    default_lr: ClassVar[float] = 1e-3
+
+    r: int = 8
+    """Rank of the change."""
+    alpha: float | None = None
+    """Numerator of the scale; None takes r, a scale of 1."""
+    dropout: float = 0.0
+    """Chance that an input feature of the change is dropped in training."""
+    targets: Targets = "blocks"
+    """Roles, module names, or one regular expression; "blocks": all linears of attention and FFN."""
+    exclude: tuple[str, ...] = ()
+    """Module names left out of the targets."""
+    layers: Layers = None
+    """Blocks to change: an index, a list, or a slice such as "6:"; None for all."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    dora: bool = False
+    """Train the length of each output row as well (DoRA)."""
+    init: Literal["zero-B", "gaussian", "pissa", "olora"] = "zero-B"
+    """How A and B start."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases trained with it: none, all of the model's, or those of its own hosts."""
+    lora_bias: bool = False
+    """Give B a bias of its own."""
+    rank_pattern: dict[str, int] | None = None
+    """Other ranks, by a pattern that ends a module's name."""
+    alpha_pattern: dict[str, float] | None = None
+    """Other alphas, by a pattern that ends a module's name."""
+    trainable_tokens: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    """Token ids whose embedding rows are trained; or by embedding module."""
+    lr_ratio: float | None = None
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, about 16)."""
+
+    def check(self) -> None:
+        """See `Method.check`."""
+        self._check_number("r", 1)
+        self._check_number("dropout", 0, 1, open_high=True)
+        if self.alpha is not None:
+            self._check_number("alpha", 0)
+        if self.lr_ratio is not None:
+            self._check_number("lr_ratio", 0)
+        self._check_choice("init", ("zero-B", "gaussian", "pissa", "olora"))
+        self._check_choice("bias", ("none", "all", "lora_only"))
+        if self.init in ("pissa", "olora") and (self.dora or self.lora_bias):
+            raise SettingsError(f'LoRA: init "{self.init}" goes with neither dora nor lora_bias.')
+        for pattern, r in (self.rank_pattern or {}).items():
+            if r < 1:
+                raise SettingsError(f'LoRA: rank_pattern["{pattern}"] is {r}, expected at least 1.')
+
+    def scale(self, module: str) -> float:
+        """Returns s for a module."""
+        r = self.rank_of(module)
+        alpha = _matching(self.alpha_pattern, module)
+        alpha = alpha if alpha is not None else self.alpha
+        return (r if alpha is None else alpha) / (math.sqrt(r) if self.rslora else r)
+
+    def rank_of(self, module: str) -> int:
+        """Returns r for a module."""
+        r = _matching(self.rank_pattern, module)
+        return self.r if r is None else int(r)
+
+    def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
+        """See `Method.plan`."""
+        chosen = resolve(model, anatomy, self.targets, self.layers, self.exclude)
+        self._check_patterns(chosen)
+        grafts = [self._graft(model, projection, empty) for projection in chosen]
+        tokens = self.trainable_tokens
+        if isinstance(tokens, tuple):
+            tokens = {anatomy.input_embeddings[0]: tokens}
+        for module, ids in (tokens or {}).items():
+            grafts += _token_grafts(model, anatomy, module, ids)
+        biases = {"none": (), "all": resolve_biases(anatomy)}.get(
+            self.bias, tuple(f"{p.module}.bias" for p in chosen)
+        )
+        present = dict(model.named_parameters())
+        heads = tuple(f"{head}." for head in anatomy.new_heads)
+        grafts += [
+            own_value(model, name, empty=empty)
+            for name in dict.fromkeys(biases)
+            if name in present and not name.startswith(heads)
+        ]
+        return grafts
+
+    def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
+        """Returns LoRA+'s two groups: B (and an embedding's A) learns `lr_ratio` times faster."""
+        if self.lr_ratio is None:
+            return None
+        fast: list[Tensor] = []
+        for graft in adapter.grafts:
+            if isinstance(graft.delta, low_rank.LowRankEmbedding):
+                fast.append(graft.delta.A)
+            elif isinstance(graft.delta, low_rank.LowRank | low_rank.LowRankExperts):
+                fast.append(graft.delta.B)
+        known = {id(tensor) for tensor in fast}
+        slow = [tensor for tensor in adapter.parameters() if id(tensor) not in known]
+        return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * self.lr_ratio}]
+
+    def _check_patterns(self, chosen: tuple[Projection, ...]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, field) or {}:
+                if not any(_matches(pattern, p.path) for p in chosen):
+                    raise SettingsError(
+                        f'LoRA: {field} names "{pattern}", which ends none of the '
+                        f"{len(chosen)} targets' names, such as {chosen[0].module}."
+                    )
+
+    def _graft(self, model: nn.Module, projection: Projection, empty: bool) -> Graft:
+        host = model.get_submodule(projection.module)
+        r, scale = self.rank_of(projection.path), self.scale(projection.path)
+        if projection.parameter != "weight":
+            return self._experts(host, projection, r, scale, empty)
+        fan_in, out = hosts.features(host)
+        if projection.rows is not None:
+            out = sum(stop - start for start, stop in projection.rows)
+        taps = int(math.prod(getattr(host, "kernel_size", ())))
+        self._check_rank(projection.module, r, fan_in * taps, out, empty)
+        delta = self._delta(host, projection, r, scale, empty)
+        place = LinearPlace(projection.module, projection.role, projection.rows)
+        return Graft(place, delta)
+
+    def _check_rank(self, module: str, r: int, fan_in: int, out: int, empty: bool) -> None:
+        if not empty and r > min(fan_in, out):
+            raise SettingsError(
+                f"LoRA: r is {r}, but {module} is {out}x{fan_in}: no change of it has a rank above "
+                f"{min(fan_in, out)}; set a smaller r, or one for it in rank_pattern."
+            )
+
+    def _delta(
+        self, host: nn.Module, projection: Projection, r: int, scale: float, empty: bool
+    ) -> Delta:
+        kind = hosts.kind_of(host)
+        options = hosts.delta_options(host)
+        fan_in, out = hosts.features(host)
+        if projection.rows is not None:
+            out = sum(stop - start for start, stop in projection.rows)
+        taps = tuple(getattr(host, "kernel_size", ()))
+        if getattr(host, "groups", 1) != 1:
+            raise SettingsError(f"LoRA: {projection.module} is a grouped convolution, not supported.")
+        A = torch.empty((r, fan_in, *taps), **options)  # type: ignore[arg-type]
+        B = torch.empty((out, r, *[1] * len(taps)), **options)  # type: ignore[arg-type]
+        kinds = _DORA_KINDS if self.dora else _KINDS
+        delta = kinds[kind](A, B, scale, self.dropout, self.lora_bias)
+        if projection.rows is not None and self.dora:
+            delta.register_buffer("index", _indices(projection, A.device), persistent=False)
+        if empty:
+            self._reserve(delta)
+        else:
+            self._start(delta, host, projection, kind)
+        return delta
+
+    def _reserve(self, delta: low_rank.LowRank) -> None:
+        if self.init in ("pissa", "olora"):
+            delta.start_from_here()
+        if isinstance(delta, low_rank.Magnitude):
+            delta.m = nn.Parameter(delta.B.new_empty(delta.B.shape[0]))
+
+    @torch.no_grad()
+    def _start(
+        self, delta: low_rank.LowRank, host: nn.Module, projection: Projection, kind: str
+    ) -> None:
+        if kind == "embedding":
+            nn.init.zeros_(delta.A)
+            nn.init.normal_(delta.B)
+        elif self.init == "gaussian":
+            nn.init.normal_(delta.A, std=1 / delta.A.shape[0])
+            nn.init.zeros_(delta.B)
+        else:
+            nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5))
+            nn.init.zeros_(delta.B)
+        if self.init in ("pissa", "olora"):
+            if kind != "linear":
+                raise SettingsError(
+                    f'LoRA: init "{self.init}" needs a linear map, {projection.module} is a {kind}.'
+                )
+            _from_weight(self.init, delta, _rows_of(hosts.read(host), projection))
+        if isinstance(delta, low_rank.Magnitude):
+            delta.set_magnitude(_rows_of(hosts.read(host), projection))
+
+    def _experts(
+        self, host: nn.Module, projection: Projection, r: int, scale: float, empty: bool
+    ) -> Graft:
+        if self.dropout or self.dora or self.lora_bias or self.init in ("pissa", "olora"):
+            raise SettingsError(
+                f"LoRA: {projection.path} holds the weights of experts, on which dropout, dora, "
+                'lora_bias and init from the weight are not possible; leave it out with targets="attention".'
+            )
+        tensor = getattr(host, projection.parameter)
+        turned = bool(getattr(host, "is_transposed", False))
+        experts, out, fan_in = tensor.shape
+        if turned:
+            out, fan_in = fan_in, out
+        index = _indices(projection, tensor.device)
+        out = out if index is None else len(index)
+        self._check_rank(projection.path, r, fan_in, out, empty)
+        options = hosts.delta_options(host, projection.parameter)
+        A = torch.empty((experts, r, fan_in), **options)  # type: ignore[arg-type]
+        B = torch.empty((experts, out, r), **options)  # type: ignore[arg-type]
+        if not empty:
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.normal_(A, std=1 / r) if self.init == "gaussian" else nn.init.uniform_(A, -bound, bound)
+            nn.init.zeros_(B)
+        delta = low_rank.LowRankExperts(A, B, scale, index, turned)
+        return Graft(ParameterPlace(projection.module, projection.parameter), delta)
+
+
+_KINDS: dict[str, type[low_rank.LowRank]] = {
+    "linear": low_rank.LowRank,
+    "embedding": low_rank.LowRankEmbedding,
+    "conv": low_rank.LowRankConv,
+}
+_DORA_KINDS: dict[str, type[low_rank.LowRank]] = {
+    "linear": low_rank.Magnitude,
+    "embedding": low_rank.MagnitudeEmbedding,
+    "conv": low_rank.MagnitudeConv,
+}
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _matching(patterns: dict[str, Any] | None, path: str) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if _matches(pattern, path):
+            return value
+    return None
+
+
+def _indices(projection: Projection, device: torch.device) -> Tensor | None:
+    rows = projection.rows
+    return None if rows is None else torch.cat([torch.arange(*run, device=device) for run in rows])
+
+
+def _rows_of(weight: Tensor, projection: Projection) -> Tensor:
+    index = _indices(projection, weight.device)
+    return weight if index is None else weight[index]
+
+
+def _from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> None:
+    """Starts A and B from W, `(out, in)`: its top singular directions, or its first QR columns."""
+    r, scale = delta.A.shape[0], delta.scale
+    wide = weight.float()
+    if init == "pissa":
+        U, S, V = torch.linalg.svd(wide, full_matrices=False)
+        root = torch.sqrt(S[:r] / scale)
+        delta.A.copy_(root[:, None] * V[:r])
+        delta.B.copy_(U[:, :r] * root)
+    else:
+        Q, R = torch.linalg.qr(wide)
+        delta.A.copy_(R[:r])
+        delta.B.copy_(Q[:, :r])
+    delta.start_from_here()
+
+
+def _token_grafts(
+    model: nn.Module, anatomy: Anatomy, module: str, ids: tuple[int, ...]
+) -> list[Graft]:
+    matches = [n for n, _ in model.named_modules() if n == module or n.endswith(f".{module}")]
+    if len(matches) != 1 or not isinstance(host := model.get_submodule(matches[0]), nn.Embedding):
+        raise SettingsError(f'LoRA: trainable_tokens names "{module}", which is no embedding.')
+    wrong = [i for i in ids if not 0 <= i < host.num_embeddings]
+    if wrong or len(set(ids)) != len(ids) or not ids:
+        raise SettingsError(
+            f"LoRA: trainable_tokens needs different ids from 0 to {host.num_embeddings - 1}, "
+            f"found {wrong or list(ids)}."
+        )
+    at = torch.tensor(ids, device=host.weight.device)
+    options = hosts.delta_options(host)
+    rows = host.weight.detach()[at].to(**options, copy=True)  # type: ignore[call-overload]
+    delta = low_rank.TokenRows(at, rows)
+    grafts = [Graft(LinearPlace(matches[0], "tokens"), delta)]
+    output = anatomy.output_embeddings
+    if output is not None and model.get_submodule(output).weight is host.weight:
+        grafts.append(Graft(LinearPlace(output, "tokens"), low_rank.TokenColumns(delta)))
+    return grafts

@@ -1,0 +1,176 @@
+"""What a site is: an `nn.Module` below its host that holds the deltas of every adapter there.
+
+    host (q_proj)                        unchanged class, names and tensors
+    └── deltas: Deltas                   one per host
+        ├── output: LinearSite           y -> y + delta(x, y)
+        │   ├── intents: LoRADelta       one per adapter
+        │   └── spam: LoRADelta
+        └── parameters: ParameterSite    theta -> value(theta) while the host runs
+            └── intents: bias: OwnValue
+
+Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.sites import hosts
+from graftune.sites.state import Active
+
+
+class Delta(nn.Module):
+    """The trainable tensors and the maths of one adapter at one place."""
+
+    rank: int | None = None
+    """Largest rank of the change, where it is bounded."""
+    follows: bool = False
+    """Whether it only repeats another delta's change on a tied tensor."""
+
+    def changes(self, size: int) -> int:
+        """Returns how many of the `size` entries of the base's tensor differ when it is applied."""
+        return size
+
+    def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
+        """Returns what `weight` becomes when the change is written into it.
+
+        Args:
+            weight: float32, `(out, in, ...)`, the rows of the place alone; or the parameter itself.
+            host: the module it belongs to.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't be merged.")
+
+
+class LinearDelta(Delta):
+    """A delta that reads a host's input and output."""
+
+    def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        """Returns the new output.
+
+        Args:
+            x: the host's input, `(..., in)` (ids for an embedding).
+            y: its output, `(..., out)`, or the place's rows of it.
+            host: the module, for deltas that need its weight.
+        """
+        raise NotImplementedError
+
+
+class ParameterDelta(Delta):
+    """A delta that replaces a host's tensor while the host runs."""
+
+    def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
+        """Returns the tensor to use.
+
+        Args:
+            value: what the adapters before this one made of it (the base tensor at first).
+            base: the host's own tensor, None where it has none.
+        """
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
+        """See `Delta.merged`."""
+        return self(weight, weight)
+
+
+@dataclass(frozen=True)
+class LinearPlace:
+    """The output of a host, or those of its features in `rows`."""
+
+    module: str
+    role: str = "output"
+    rows: tuple[tuple[int, int], ...] | None = None
+    parameter: str = "weight"
+
+    @property
+    def key(self) -> str:
+        """What the names of the tensors at this place begin with."""
+        return self.module if self.rows is None else f"{self.module}.{self.role}"
+
+    @property
+    def site(self) -> str:
+        """Name of the site among those of the host."""
+        return "output" if self.rows is None else self.role
+
+    def size(self, host: nn.Module) -> int:
+        """Returns how many entries of the base's weight the place covers."""
+        fan_in, out = hosts.features(host)
+        taps = getattr(host, "kernel_size", ())
+        rows = out if self.rows is None else sum(stop - start for start, stop in self.rows)
+        return fan_in * rows * int(torch.Size(taps).numel() if taps else 1)
+
+
+@dataclass(frozen=True)
+class ParameterPlace:
+    """One tensor of a host."""
+
+    module: str
+    parameter: str
+
+    @property
+    def key(self) -> str:
+        """The tensor's absolute name."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    def size(self, host: nn.Module) -> int:
+        """Returns the entries of the base's tensor; of a bias yet missing, its width."""
+        tensor = getattr(host, self.parameter, None)
+        return hosts.features(host)[1] if tensor is None else tensor.numel()
+
+
+Place = LinearPlace | ParameterPlace
+
+
+@dataclass(eq=False)
+class Graft:
+    """One delta and where it goes."""
+
+    place: Place
+    delta: Delta
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (absolute name, tensor) of parameters and kept buffers.
+
+        An adapter's own value goes by the tensor's own name.
+        """
+        for name, tensor in self.delta.state_dict(keep_vars=True).items():
+            yield (self.place.key if name == "value" else f"{self.place.key}.{name}"), tensor
+
+
+class Deltas(nn.Module):
+    """All sites of one host; `deltas["task"]` is the delta (or sites' deltas) of an adapter."""
+
+    def __getitem__(self, name: str) -> Any:
+        found = {s: m._modules[name] for s, m in self._modules.items() if name in m._modules}  # type: ignore[union-attr]
+        if not found:
+            raise KeyError(name)
+        return next(iter(found.values())) if len(found) == 1 else found
+
+
+class Site(nn.Module):
+    """A place's deltas by adapter, and the hooks that let them act."""
+
+    def __init__(self, active: Active) -> None:
+        super().__init__()
+        self.active = active
+        self.handles: list[Any] = []
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers this site's hooks on the host."""
+        raise NotImplementedError
+
+    def unhook(self) -> None:
+        """Takes the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def mixed_rows(self, batch: int, device: torch.device) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Yields (adapters, rows) of the plan in force for a batch."""
+        plan = self.active.current()
+        for group, (names, _) in enumerate(plan.groups or ()):
+            yield names, plan.indices(group, batch, device)

@@ -1,0 +1,79 @@
+"""The modules that sites sit on, read alike: plain, transposed, embedding, convolution, quantised.
+
+A weight is always seen as `(out_features, in_features, ...)`; an embedding as `(dim, vocabulary)`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftune.errors import AdapterError
+
+HostKind = Literal["linear", "embedding", "conv", "tensor"]
+
+
+def is_transposed(host: nn.Module) -> bool:
+    """Whether the module keeps its weight as (in, out): transformers' Conv1D, known by nx and nf."""
+    return hasattr(host, "nf") and getattr(host, "weight", torch.empty(0)).ndim == 2
+
+
+def kind_of(host: nn.Module, parameter: str = "weight") -> HostKind:
+    """Returns what sort of map the module's tensor is."""
+    if parameter != "weight":
+        return "tensor"
+    if isinstance(host, nn.Embedding):
+        return "embedding"
+    if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
+    return "linear"
+
+
+def is_quantised(host: nn.Module) -> bool:
+    """Whether the module's weight isn't a floating-point tensor of the size it stands for."""
+    weight = getattr(host, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
+
+
+def features(host: nn.Module) -> tuple[int, int]:
+    """Returns (in, out): widths of a linear, (vocabulary, dim) of an embedding, channels."""
+    if isinstance(host, nn.Embedding):
+        return host.num_embeddings, host.embedding_dim
+    if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return host.in_channels // host.groups, host.out_channels
+    if is_transposed(host):
+        return int(host.weight.shape[0]), int(host.weight.shape[1])
+    if hasattr(host, "in_features"):
+        return int(host.in_features), int(host.out_features)  # type: ignore[arg-type]
+    return int(host.weight.shape[1]), int(host.weight.shape[0])
+
+
+def oriented(host: nn.Module, weight: Tensor) -> Tensor:
+    """Returns a view of a weight as (out, in, ...), or back: the same turn both ways."""
+    return weight.t() if is_transposed(host) or isinstance(host, nn.Embedding) else weight
+
+
+def read(host: nn.Module, parameter: str = "weight") -> Tensor:
+    """Returns the host's present weight as (out, in, ...), in its own dtype.
+
+    Raises:
+        AdapterError: if the host is quantised.
+    """
+    if is_quantised(host):
+        raise AdapterError(
+            f"The weight of a {type(host).__name__} is quantised and can't be read as numbers "
+            "here: load the base model in 16 or 32 bit for this."
+        )
+    value = getattr(host, parameter)
+    return oriented(host, value) if parameter == "weight" else value
+
+
+def delta_options(host: nn.Module, parameter: str = "weight") -> dict[str, object]:
+    """Returns device and dtype for new trainable tensors: fp32 over 16-bit and quantised hosts."""
+    tensor = getattr(host, parameter, None)
+    if tensor is None:
+        tensor = next(host.parameters())
+    wide = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
+    return {"device": tensor.device, "dtype": tensor.dtype if wide else torch.float32}

@@ -1,0 +1,61 @@
+"""The linear site: sees x and y = Wx + b, answers a new y, maybe on some of the outputs only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.sites.base import LinearDelta, Site
+from graftune.sites.state import Active
+
+
+class LinearSite(Site):
+    """Deltas on the output of one host.
+
+    Args:
+        active: the model's shared state.
+        rows: half-open ranges of output features that the deltas see; None for all.
+    """
+
+    index: Tensor | None
+
+    def __init__(
+        self, active: Active, rows: tuple[tuple[int, int], ...] | None, device: torch.device
+    ) -> None:
+        super().__init__(active)
+        index = None
+        if rows is not None:
+            index = torch.cat([torch.arange(a, b, device=device) for a, b in rows])
+        self.register_buffer("index", index, persistent=False)
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers `after`, ahead of a parameter site's clean-up."""
+        self.handles = [host.register_forward_hook(self.after, prepend=True)]
+
+    def after(self, host: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+        """Returns the host's output with the active deltas in it. The forward hook."""
+        active = self.active
+        plan = active.current() if active.overridden else active.plan
+        if plan.groups is None:
+            return self._apply(plan.names, args[0], y, host)
+        for names, at in self.mixed_rows(y.shape[0], y.device):
+            if any(name in self._modules for name in names):
+                some = self._apply(names, args[0].index_select(0, at), y.index_select(0, at), host)
+                y = y.index_copy(0, at, some)
+        return y
+
+    def _apply(self, names: tuple[str, ...], x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        deltas = self._modules
+        for name in names:
+            delta = deltas.get(name)
+            if delta is None:
+                continue
+            assert isinstance(delta, LinearDelta)
+            if self.index is None:
+                y = delta.forward(x, y, host)
+            else:
+                part = delta.forward(x, y.index_select(-1, self.index), host)
+                y = y.index_copy(-1, self.index, part)
+        return y

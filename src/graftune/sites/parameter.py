@@ -1,0 +1,144 @@
+"""The parameter site: while a host runs, some of its own tensors are others.
+
+An entry in a module's instance dictionary is found before its registered parameter, so a hook
+before the forward puts the new tensor there and one after it, error or not, takes it away. Names,
+state dict and the registered parameters stay as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.errors import AdapterError
+from graftune.sites import hosts
+from graftune.sites.base import Graft, ParameterDelta, ParameterPlace, Site
+from graftune.sites.state import Plan
+
+
+class OwnValue(ParameterDelta):
+    """An adapter's own copy of a tensor: theta' itself, trained in its place.
+
+    Alone it is used as it is, bit for bit; after another adapter it adds its difference from the
+    base, or takes its place (a head).
+
+    Shapes: value as the tensor it stands for.
+    """
+
+    value: nn.Parameter
+
+    def __init__(self, value: Tensor, *, adds: bool = True) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value)
+        self.adds = adds
+
+    def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
+        """See `ParameterDelta.forward`."""
+        if base is None:
+            return self.value if value is None else value + self.value
+        own = self.value.to(base.dtype)
+        if value is base or not self.adds or own.shape != base.shape:
+            return own
+        assert value is not None
+        return value + (own - base)
+
+
+def own_value(
+    model: nn.Module, name: str, *, empty: bool = False, adds: bool = True
+) -> Graft:
+    """Returns the graft of an adapter's own copy of one of the model's tensors.
+
+    Args:
+        model: the base.
+        name: the tensor's absolute name.
+        empty: leave the copy uninitialised, for a file to fill it.
+        adds: see `OwnValue`.
+    """
+    module, _, parameter = name.rpartition(".")
+    host = model.get_submodule(module)
+    tensor = host.get_parameter(parameter)
+    options = hosts.delta_options(host, parameter)
+    copy = torch.empty_like(tensor, **options) if empty else tensor.detach().to(**options, copy=True)
+    return Graft(ParameterPlace(module, parameter), OwnValue(copy, adds=adds))
+
+
+class ParameterSite(Site):
+    """Deltas on a host's own tensors: per adapter a module of deltas by tensor name."""
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers the pair of hooks; the second runs even if the forward fails."""
+        self.handles = [
+            host.register_forward_pre_hook(self.before),
+            host.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+
+    def before(self, host: nn.Module, args: Any) -> None:
+        """Puts the active tensors in place. The forward pre-hook."""
+        active = self.active
+        plan = active.current() if active.overridden else active.plan
+        if plan.groups is None:
+            for name, value in self.values(plan.names, host).items():
+                host.__dict__[name] = value
+
+    def values(self, names: tuple[str, ...], host: nn.Module) -> dict[str, Tensor]:
+        """Returns the tensors that the named adapters make of the host's, by name."""
+        values: dict[str, Tensor] = {}
+        for adapter in names:
+            deltas = self._modules.get(adapter)
+            for name, delta in deltas._modules.items() if deltas is not None else ():
+                base = host._parameters.get(name)
+                assert isinstance(delta, ParameterDelta)
+                values[name] = delta.forward(values.get(name, base), base)
+        return values
+
+    def after(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Takes the tensors away, or answers for each group of rows. The forward hook."""
+        for deltas in self._modules.values():
+            for name in deltas._modules if deltas is not None else ():
+                host.__dict__.pop(name, None)
+        plan = self.active.current()
+        if plan.groups is None or not any(name in self._modules for name in plan.names):
+            return None
+        if not isinstance(output, Tensor):
+            return None
+        return self._mixed(host, plan, args, kwargs, output)
+
+    def _mixed(
+        self, host: nn.Module, plan: Plan, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        batch = output.shape[0]
+        parts: list[tuple[Tensor, Tensor]] = []
+        for names, at in self.mixed_rows(batch, output.device):
+            if any(name in self._modules for name in names):
+                with self.active.pinned(Plan.of_names(names)):
+                    parts.append((at, host(*_rows(args, at, batch), **_rows(kwargs, at, batch))))
+        return _put(output, parts)
+
+
+def _rows(given: Any, at: Tensor, batch: int) -> Any:
+    """Returns the arguments of a call with the rows `at` of those that have one per row."""
+    if isinstance(given, dict):
+        return {key: _rows(value, at, batch) for key, value in given.items()}
+    if isinstance(given, tuple):
+        return tuple(_rows(value, at, batch) for value in given)
+    if isinstance(given, Tensor) and given.ndim and given.shape[0] == batch:
+        return given.index_select(0, at)
+    return given
+
+
+def _put(output: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    widths = {tuple(part.shape[1:]) for _, part in parts}
+    if widths == {tuple(output.shape[1:])}:
+        for at, part in parts:
+            output = output.index_copy(0, at, part.to(output.dtype))
+        return output
+    rows = sum(len(at) for at, _ in parts)
+    if len(widths) > 1 or rows != output.shape[0]:
+        raise AdapterError(
+            "Rows mixes heads of different sizes, "
+            f"{sorted({*widths, tuple(output.shape[1:])})}: put rows of one size in a batch."
+        )
+    order = torch.argsort(torch.cat([at for at, _ in parts]))
+    return torch.cat([part for _, part in parts]).index_select(0, order)

@@ -1,0 +1,147 @@
+"""What every site of one model reads: the adapters that act in this forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.composition import Composition, Rows, members_of
+from graftune.errors import AdapterError
+
+
+@dataclass(eq=False)
+class Plan:
+    """A composition made ready for the sites.
+
+    Either `names` act on every row, or `groups` says which names act on which of `size` rows.
+    """
+
+    composition: Composition
+    names: tuple[str, ...]
+    groups: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] | None = None
+    size: int = 1
+    _indices: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, composition: Composition) -> Plan:
+        """Returns the plan of a composition."""
+        if not isinstance(composition, Rows):
+            return cls(composition, members_of(composition))
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for row, member in enumerate(composition.members):
+            rows.setdefault(members_of(member), []).append(row)
+        if len(rows) == 1:
+            return cls(composition, next(iter(rows)), None, len(composition.members))
+        groups = tuple((names, tuple(at)) for names, at in rows.items())
+        return cls(composition, composition.names, groups, len(composition.members))
+
+    @classmethod
+    def of_names(cls, names: tuple[str, ...]) -> Plan:
+        """Returns the plan in which these adapters act on every row."""
+        return cls(names[0] if len(names) == 1 else None, names)
+
+    def indices(self, group: int, batch: int, device: torch.device) -> Tensor:
+        """Returns the rows, `(n,)` int64, of a batch of k * size rows that belong to a group.
+
+        Raises:
+            AdapterError: if the batch isn't a multiple of the rows named.
+        """
+        if batch % self.size:
+            raise AdapterError(
+                f"Rows names {self.size} rows, but a module saw a batch of {batch}: give one "
+                "member per row of the batch."
+            )
+        key = (group, batch, device)
+        if key not in self._indices:
+            k = batch // self.size
+            assert self.groups is not None
+            at = torch.tensor(self.groups[group][1], device=device)
+            self._indices[key] = (at[:, None] * k + torch.arange(k, device=device)).flatten()
+        return self._indices[key]
+
+
+_overrides: ContextVar[tuple[tuple[int, Plan], ...]] = ContextVar("overrides", default=())
+
+
+class Active:
+    """The state that a model's sites share: the plan in force.
+
+    `set` holds for good; `pinned` holds for the caller's thread or task alone. `overridden` counts
+    the live `pinned` contexts, so that the usual path costs one look at an attribute.
+    """
+
+    def __init__(self) -> None:
+        self.plan = Plan.of(None)
+        self.overridden = 0
+
+    def set(self, composition: Composition) -> None:
+        """Makes a composition the one in force for every thread."""
+        self.plan = Plan.of(composition)
+
+    def current(self) -> Plan:
+        """Returns the plan in force for the caller."""
+        if self.overridden:
+            for key, plan in reversed(_overrides.get()):
+                if key == id(self):
+                    return plan
+        return self.plan
+
+    @contextlib.contextmanager
+    def pinned(self, plan: Plan) -> Iterator[None]:
+        """Puts a plan in force for the caller's thread or task until the block ends."""
+        self.overridden += 1
+        token = _overrides.set((*_overrides.get(), (id(self), plan)))
+        try:
+            yield
+        finally:
+            _overrides.reset(token)
+            self.overridden -= 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves live contexts behind: a copy starts with the plan set for good."""
+        return {"plan": self.plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.plan = state["plan"]
+        self.overridden = 0
+
+
+class Recompute:
+    """A checkpointing function whose recomputation sees the plan that its forward saw.
+
+    The backward pass may run after `using` has ended, or on another thread; the plan travels with
+    the checkpointed call.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], active: Active) -> None:
+        self.checkpoint = checkpoint
+        self.active = active
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoints `run(*args)` under the present plan."""
+        return self.checkpoint(_Replay(run, self.active, self.active.current()), *args, **kwargs)
+
+
+class _Replay:
+    def __init__(self, run: Callable[..., Any], active: Active, plan: Plan) -> None:
+        self.run, self.active, self.plan = run, active, plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.active.current() is self.plan:
+            return self.run(*args, **kwargs)
+        with self.active.pinned(self.plan):
+            return self.run(*args, **kwargs)
+
+
+def carry_plan_through_checkpoints(model: nn.Module, active: Active) -> None:
+    """Wraps the checkpointing functions that transformers hung on the model's blocks."""
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, Recompute):
+            module.__dict__["_gradient_checkpointing_func"] = Recompute(function, active)
