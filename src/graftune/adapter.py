@@ -107,6 +107,21 @@ class Adapter:
         return f"Adapter({self.name!r}, {self.method.name}, {self.count():,} parameters)"
 
 
+class FileConfig:
+    """An adapter's settings as transformers asks for them when it saves."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `adapter_config.json`."""
+        return _formats().file_config(self.adapter)
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Writes the files beside the tensors, `adapter_config.json` among them."""
+        _formats().write_config(self.adapter, folder)
+
+
 class Grafts:
     """What is attached to one model, and which of it acts.
 
@@ -148,7 +163,7 @@ class Grafts:
     @property
     def peft_config(self) -> dict[str, Any]:
         """What transformers asks to write the adapter's settings."""
-        return {name: _formats().FileConfig(adapter) for name, adapter in self.adapters.items()}
+        return {name: FileConfig(adapter) for name, adapter in self.adapters.items()}
 
     def tell_transformers(self) -> None:
         """Sets on the model what transformers looks for, or takes it away."""

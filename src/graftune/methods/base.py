@@ -211,6 +211,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:  # which of them: `check` says, with the nearest
+        return isinstance(value, str)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
     if origin in (dict, Mapping):

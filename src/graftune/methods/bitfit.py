@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from graftune.anatomy import Anatomy, resolve, resolve_biases
-from graftune.errors import SettingsError
+from graftune.errors import AnatomyError, SettingsError
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
 from graftune.sites.base import Graft, ParameterPlace
@@ -51,20 +51,17 @@ class BitFit(Method):
         Raises:
             SettingsError: if the model has none of these biases and `add_missing` is off.
         """
-        names = resolve_biases(anatomy, self.subset, self.layers)
-        heads = tuple(f"{head}." for head in anatomy.new_heads)
-        grafts = [
-            own_value(model, name, empty=empty) for name in names if not name.startswith(heads)
-        ]
-        if self.add_missing:
-            grafts += self._missing(model, anatomy)
-        if not grafts:
+        missing = self._missing(model, anatomy) if self.add_missing else []
+        try:
+            names = resolve_biases(anatomy, self.subset, self.layers)
+        except AnatomyError as error:
+            if missing:
+                return missing
             raise SettingsError(
-                f'BitFit: {type(model).__name__} has no bias of the subset "{self.subset}" (it has '
-                f"{len(anatomy.biases)} in all): set add_missing=True to give its linears some, or "
-                "take another method, such as LoRA."
-            )
-        return grafts
+                f"BitFit: {error} Set add_missing=True to give linears without a bias one, or take "
+                "another method, such as LoRA."
+            ) from error
+        return [own_value(model, name, empty=empty) for name in names] + missing
 
     def _missing(self, model: nn.Module, anatomy: Anatomy) -> list[Graft]:
         grafts: list[Graft] = []

@@ -112,17 +112,17 @@ class LoRA(Method):
             tokens = {anatomy.input_embeddings[0]: tokens}
         for module, ids in (tokens or {}).items():
             grafts += _token_grafts(model, anatomy, module, ids)
-        biases = {"none": (), "all": resolve_biases(anatomy)}.get(
-            self.bias, tuple(f"{p.module}.bias" for p in chosen)
-        )
+        return grafts + self._biases(model, anatomy, chosen, empty)
+
+    def _biases(
+        self, model: nn.Module, anatomy: Anatomy, chosen: tuple[Projection, ...], empty: bool
+    ) -> list[Graft]:
+        if self.bias == "none":
+            return []
+        own = [f"{projection.module}.bias" for projection in chosen]
+        names = own if self.bias == "lora_only" else list(resolve_biases(anatomy))
         present = dict(model.named_parameters())
-        heads = tuple(f"{head}." for head in anatomy.new_heads)
-        grafts += [
-            own_value(model, name, empty=empty)
-            for name in dict.fromkeys(biases)
-            if name in present and not name.startswith(heads)
-        ]
-        return grafts
+        return [own_value(model, n, empty=empty) for n in dict.fromkeys(names) if n in present]
 
     def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
         """Returns LoRA+'s two groups: B (and an embedding's A) learns `lr_ratio` times faster."""
