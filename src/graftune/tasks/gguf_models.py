@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 from collections.abc import Callable, Generator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,7 +86,7 @@ def _convert(gguf: Path, part: Path) -> None:
         FormatError: transformers can't read the file.
         OSError: `part` can't be written.
     """
-    with quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar knows no switch
         model, tokenizer = _read(gguf)
         _settle_generation(model, tokenizer)
         _settle_length(model, tokenizer)
@@ -109,8 +110,9 @@ def _read(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise FormatError(f"{gguf} cannot be read as a language model: {why}") from error
     model.hf_quantizer = None
     model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    for trace in ("quantization_config", "_model_name_or_path"):
+        if hasattr(model.config, trace):
+            delattr(model.config, trace)
     return model, tokenizer
 
 
