@@ -32,16 +32,17 @@ def find_chains(tree: Tree) -> list[Chain]:
 
 def _blocks(tree: Tree) -> list[str]:
     elements = [path for path in tree.modules if _is_element(path, tree)]
-    content = {path: _content(path, tree) for path in elements}
     found: list[str] = []
     for path in elements:
-        if any(within(path, other) for other in found) or not any(content[path]):
+        if found and within(path, found[-1]):
             continue
-        inner = [other for other in elements if other != path and within(other, path)]
-        if type(tree.modules[path]).__name__ != "ModuleList" and not any(
-            all(content[other]) for other in inner
-        ):
-            found.append(path)
+        below = tree.below(path)
+        if type(tree.modules[path]).__name__ != "ModuleList" and any(_content(below)):
+            inner = [
+                other for other in below.modules if other != path and _is_element(other, below)
+            ]
+            if not any(all(_content(below.below(other))) for other in inner):
+                found.append(path)
     return found
 
 
@@ -50,19 +51,12 @@ def _is_element(path: str, tree: Tree) -> bool:
     return home is not None and leaf(path).isdigit() and type(home).__name__ == "ModuleList"
 
 
-def _content(path: str, tree: Tree) -> tuple[bool, bool]:
-    """Returns whether the subtree holds an attention, and further linears next to a norm."""
-    linears = [other for other in tree.linears if within(other, path) and other != path]
-    attention = [
-        other
-        for other in linears
-        if names.roles_of(leaf(other), names.ATTENTION)
-    ]
-    homes = {parent(other) for other in attention}
-    others = [other for other in linears if parent(other) not in homes]
-    has_norm = any(within(norm, path) for norm in tree.norms)
-    has_experts = any(within(other, path) for other in tree.experts)
-    return bool(attention), has_norm and (len(others) >= 2 or has_experts)
+def _content(tree: Tree) -> tuple[bool, bool]:
+    """Returns whether the tree holds attention, and whether more linears or experts and a norm."""
+    linears = [path for path in tree.linears if path != tree.root]
+    homes = {parent(path) for path in linears if names.roles_of(leaf(path), names.ATTENTION)}
+    others = [path for path in linears if parent(path) not in homes]
+    return bool(homes), bool(tree.norms) and (len(others) >= 2 or bool(tree.experts))
 
 
 def stack_kind(path: str, tree: Tree, model_type: str, config: Any) -> StackKind:

@@ -67,7 +67,7 @@ def _stacks(
     for chain in find_chains(tree):
         blocks: list[Block] = []
         for path in chain.blocks:
-            view = BlockView(tree, path, model_type, model.config)
+            view = BlockView(tree.below(path), path, model_type, model.config)
             block, lines = _block(view, index, len(blocks))
             blocks.append(block)
             missing += lines

@@ -1,7 +1,7 @@
 """Which rows of a fused projection belong to which role.
 
-Rows are output features: rows of a Linear's weight, columns of a Conv1D's, and of 3-D expert weights
-the dimension that is the output of the map.
+Rows are output features: rows of a Linear's weight, columns of a Conv1D's, and of 3-D expert
+weights the dimension that is the output of the map.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def _per_head(order: tuple[Role, ...], outputs: int, heads: int) -> dict[Role, R
     size = outputs // (heads * len(order))
     return {
         role: tuple(
-            (start, start + size)
-            for start in range(place * size, outputs, len(order) * size)
+            (start, start + size) for start in range(place * size, outputs, len(order) * size)
         )
         for place, role in enumerate(order)
     }

@@ -23,7 +23,9 @@ def check_given(given: Anatomy, tree: Tree) -> Anatomy:
     for name in _tensors(given):
         if name not in tensors:
             hint = nearest(name, tensors)
-            raise AnatomyError(f'The given anatomy names a tensor "{name}", not in the model.{hint}')
+            raise AnatomyError(
+                f'The given anatomy names a tensor "{name}", not in the model.{hint}'
+            )
     return given
 
 

@@ -1,4 +1,4 @@
-"""What a single module is, told from its attributes: a quantised linear is a linear like any other."""
+"""What one module is, told from its attributes: a quantised linear is a linear like any other."""
 
 from __future__ import annotations
 
@@ -97,14 +97,20 @@ def common(paths: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Tree:
-    """One walk over a model, adapters left out: its modules by absolute path, in tree order."""
+    """One walk over a module, adapters left out: what it holds by absolute path, in tree order."""
 
     model: nn.Module
+    root: str = ""
+    """The module's own absolute path."""
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """Every module by path; a module with two paths has its first one."""
-        return dict(_walk(self.model, "", set()))
+        return dict(_walk(self.model, self.root, set()))
+
+    def below(self, path: str) -> Tree:
+        """Returns the tree of one module in this one."""
+        return Tree(self.modules[path], path)
 
     @cached_property
     def position(self) -> dict[str, int]:

@@ -16,7 +16,9 @@ def _words(*words: str) -> re.Pattern[str]:
 
 ATTENTION: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
     (
-        _words("query_key_value", "qkv(_proj|_linear)?", "c_attn", "[Ww]_?qkv", "att_proj", "W_pack"),
+        _words(
+            "query_key_value", "qkv(_proj|_linear)?", "c_attn", "[Ww]_?qkv", "att_proj", "W_pack"
+        ),
         QKV,
     ),
     (_words("qk_proj"), ("query", "key")),

@@ -12,7 +12,8 @@ def find_order(view: BlockView, drafts: list[Draft], outer: list[str]) -> Order:
     """Returns the block's order: the table's, else what the norms' places and number say.
 
     A norm beside an output linear in a module of its own (BERT's `output.LayerNorm`) comes after
-    the residual sum. Twice as many norms as spans surround them; fewer are shared by parallel spans.
+    the residual sum. Twice as many norms as spans surround them; fewer are shared by parallel
+    spans.
     """
     known = table.ORDERS.get(view.model_type)
     if known is not None:
@@ -54,8 +55,7 @@ def _places(view: BlockView) -> list[str]:
     return [
         path
         for path, module in view.tree.modules.items()
-        if within(path, view.path)
-        and (path in norms or ("norm" in leaf(path) and type(module).__name__ == "Identity"))
+        if path in norms or ("norm" in leaf(path) and type(module).__name__ == "Identity")
     ]
 
 

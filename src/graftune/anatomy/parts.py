@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["query", "key", "value", "output", "up", "gate", "down", "other"]
-"""What a linear map does in its span. "gate" is the half of a gated feed-forward that passes through
-the activation, whatever its name; "other" is a module asked for by name that has none of the roles."""
+"""What a linear map does in its span. "gate" is the half of a gated feed-forward that passes
+through the activation, whatever its name; "other" is a module asked for by name without a role."""
 SpanKind = Literal["attention", "cross-attention", "ffn"]
 Order = Literal["pre", "post", "sandwich", "parallel"]
 StackKind = Literal["encoder", "decoder", "vision", "text"]
@@ -20,8 +20,8 @@ StackKind = Literal["encoder", "decoder", "vision", "text"]
 class Projection:
     """One role's linear map inside a span.
 
-    Several roles that share a module (fused qkv, fused gate and up) are several projections with the
-    same `module` and different `rows`.
+    Several roles that share a module (fused qkv, fused gate and up) are several projections with
+    the same `module` and different `rows`.
     """
 
     role: Role

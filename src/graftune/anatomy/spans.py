@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from graftune.anatomy import names
@@ -35,21 +36,22 @@ class Draft:
 
 @dataclass(frozen=True)
 class BlockView:
-    """What of the tree lies in one block."""
+    """One block of a model and what its model says of it."""
 
     tree: Tree
+    """The tree of the block alone, with absolute paths."""
     path: str
     model_type: str
     config: Any
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """The block's linears, routers left out."""
         modules = self.tree.modules
         return {
             path: shape
             for path, shape in self.tree.linears.items()
-            if within(path, self.path) and not self._routes(path, modules[path])
+            if not self._routes(path, modules[path])
         }
 
     def _routes(self, path: str, module: Any) -> bool:
@@ -173,9 +175,7 @@ def _feed_forward_roles(
     return ("down",) if kind == "output" or width == shape[1] else ()
 
 
-def _is_doubled(
-    shape: tuple[int, int], home: str, linears: dict[str, tuple[int, int]]
-) -> bool:
+def _is_doubled(shape: tuple[int, int], home: str, linears: dict[str, tuple[int, int]]) -> bool:
     inner = [other[0] for path, other in linears.items() if parent(path) == home]
     return any(shape[1] == 2 * size for size in inner if size != shape[0]) or (
         2 * shape[0] == shape[1] and shape[0] in inner
@@ -186,8 +186,6 @@ def _experts(view: BlockView) -> list[Projection]:
     """Returns the projections kept as 3-D parameters, one slice per expert."""
     found: list[Projection] = []
     for module, shapes in view.tree.experts.items():
-        if not within(module, view.path):
-            continue
         for name, shape in shapes.items():
             roles = names.roles_of(name.removesuffix("_weight"), names.FEED_FORWARD)
             found += split_feed_forward(module, roles, shape, {}, view.model_type, name)

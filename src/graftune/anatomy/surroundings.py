@@ -36,7 +36,16 @@ def input_embeddings(model: PreTrainedModel, tree: Tree, blocks: list[str]) -> t
         is_patch = is_convolution(module) and _PATCHES.fullmatch(leaf(path)) is not None
         if path == own or is_token or is_patch:
             found.append(path)
-    return tuple(found)
+    return tuple(path for path in found if not _stands_for_others(path, found, tree))
+
+
+def _stands_for_others(path: str, found: list[str], tree: Tree) -> bool:
+    """Whether a module only holds what others run: T5's `shared`, ViT's `patch_embeddings`."""
+    others = [other for other in found if other != path]
+    weight = tree.modules[path]._parameters.get("weight")
+    twins = [o for o in others if tree.modules[o]._parameters.get("weight") is weight]
+    is_shared = weight is not None and bool(twins) and leaf(path) == "shared"
+    return is_shared or any(within(other, path) for other in others)
 
 
 def _own_input_embeddings(model: PreTrainedModel, tree: Tree) -> str | None:
@@ -55,7 +64,7 @@ def output_embeddings(model: PreTrainedModel, tree: Tree) -> str | None:
 
 
 def heads(model: PreTrainedModel, tree: Tree, output: str | None) -> tuple[str, ...]:
-    """Returns the modules with tensors outside the pretrained body, but for a language-model head."""
+    """Returns the modules with tensors outside the pretrained body, save a language-model head."""
     body = tree.path_of(model.base_model)
     if not body:
         return ()
@@ -87,7 +96,7 @@ def new_heads(
 def _left_by_loading(tree: Tree, blocks: list[str], known: list[str]) -> list[str]:
     """Returns modules outside the blocks whose tensors `from_pretrained` had to make up.
 
-    It marks each tensor it loads with `_is_hf_initialized`; a model made from a config has no marks.
+    It marks each tensor it loads with `_is_hf_initialized`; a model from a config has no marks.
     """
     tied = {name for group in tied_tensors(tree) for name in group}
     loaded, left = False, []

@@ -1,7 +1,7 @@
 """What structure can't tell, per model type. Everything else is discovered; keep this small.
 
-Each entry was checked against the model's own code by `tests/anatomy/`: orders by tracing a forward,
-layouts by splitting the module's output as the model does.
+Tests check the entries against the models' own code: orders by tracing a forward, layouts by
+splitting a module's output as the model does.
 """
 
 from __future__ import annotations
