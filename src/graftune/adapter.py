@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,16 +211,38 @@ def attach(
         raise SettingsError(
             f"attach takes a method such as gt.LoRA(r=8), found {method!r}."
         )
+
+    def plan(parts: Anatomy) -> tuple[list[Graft], tuple[str, ...]]:
+        with _seeded(seed):
+            grafts = method.plan(model, parts, empty=empty)
+            heads = head_names(model, parts, method.train_head)
+            if not method.trains_in_place:
+                grafts = grafts + _head_grafts(model, heads, grafts, empty)
+        return grafts, heads
+
+    return attach_planned(model, method, name, plan)
+
+
+def attach_planned(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    plan: Callable[[Anatomy], tuple[list[Graft], tuple[str, ...]]],
+) -> Adapter:
+    """Attaches what `plan` makes of a model's anatomy: all grafts, and the heads' paths.
+
+    A file's adapter is attached so, since it names its places one by one.
+
+    Raises:
+        AdapterError: for a name that is taken or can't be one; and what `plan` raises.
+    """
+    model = plain_model(model)
     _check_name(name)
     state: Grafts | None = model.__dict__.get(STATE)
     if state is not None:
         _check_place(state, method, name)
     parts = state.anatomy if state is not None else anatomy(model)
-    with _seeded(seed):
-        grafts = method.plan(model, parts, empty=empty)
-        heads = head_names(model, parts, method.train_head)
-        if not method.trains_in_place:
-            grafts = grafts + _head_grafts(model, heads, grafts, empty)
+    grafts, heads = plan(parts)
     state = state or _install(model, parts)
     adapter = Adapter(name, method, model, grafts, heads)
     state.adapters[name] = adapter
