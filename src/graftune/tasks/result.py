@@ -78,12 +78,14 @@ class Watcher(Protocol):
 
     def on_start(self, plan: dict[str, Any]) -> None:
         """Training begins: `name, task, method, base, run_dir, train_rows, validation_rows,
-        test_rows, total_steps, epochs, batch_size, lr, parameters` (a summary's dictionary)."""
+        test_rows, total_steps, epochs, batch_size, lr, parameters` (a summary's dictionary).
+        """
         ...
 
     def on_step(self, state: dict[str, Any]) -> None:
         """A step was logged: `step, total, epoch, loss, lr, seconds, seconds_left,
-        peak_memory_bytes` (`loss` is the mean since the last one)."""
+        peak_memory_bytes` (`loss` is the mean since the last one).
+        """
         ...
 
     def on_eval(self, metrics: dict[str, Any]) -> None:

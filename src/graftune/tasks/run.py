@@ -1,17 +1,23 @@
 """From settings to a trained adapter, its metrics and its predictions.
 
 A run's directory holds `run.yaml` (the settings, every default filled in), `env.json`,
-`metrics.jsonl`, `adapter/`, `checkpoints/`, `predictions.test.jsonl` and, last, `result.json`.
+`metrics.jsonl`, `adapter/`, `checkpoints/`, `predictions.test.jsonl`, `graftune_task.json` (what
+prediction needs, also beside the adapter) and, last, `result.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from graftune.tasks.result import RunResult, Watcher
+from graftune.errors import DataError
+from graftune.tasks.result import RunResult, Silent, Watcher
 from graftune.tasks.settings import RunSettings
+
+if TYPE_CHECKING:
+    from graftune.tasks.data import Example
+    from graftune.tasks.task import Task
 
 
 def train(
@@ -34,33 +40,80 @@ def train(
         DataError: The data can't be trained on.
         TrainingError: The run can't go on.
     """
-    raise NotImplementedError
+    from graftune.tasks.training_run import TrainingRun
+
+    return TrainingRun.prepared(settings, watch or Silent()).run(resume, overwrite)
 
 
 def plan(settings: RunSettings) -> dict[str, Any]:
     """Returns what `train` would do, for a dry run: reads and checks the data, loads no weights.
 
-    Keys: `settings` (resolved), `data` (report), `labels`, `notes`.
+    Keys: `settings` (resolved), `data` (report), `labels`, `total_steps`, `notes`.
 
     Raises:
         SettingsError: A setting can't be.
         DataError: The data can't be trained on.
     """
-    raise NotImplementedError
+    from graftune.tasks.training_run import TrainingRun
+
+    return TrainingRun.prepared(settings, Silent()).plan()
 
 
 def linear_probe(
     settings: RunSettings, *, watch: Watcher | None = None, overwrite: bool = False
 ) -> RunResult:
-    """Trains a linear classifier on the frozen base's sentence vectors: the baseline to beat."""
-    raise NotImplementedError
+    """Trains a linear classifier on the frozen base's sentence vectors: the baseline to beat.
+
+    The settings' method and training are ignored; the run is named `NAME-probe` unless it has a
+    name or directory of its own.
+
+    Raises:
+        SettingsError: The task has no labels; or the run's directory is taken.
+        DataError: The data can't be trained on.
+    """
+    from graftune.tasks.probe import run_probe
+
+    return run_probe(settings, watch or Silent(), overwrite)
 
 
 def evaluate(
     run_dir: str | Path, data: str | None = None, split: str = "test", *, batch_size: int = 32
 ) -> dict[str, Any]:
-    """Returns the metrics of a run's adapter on its own split or on other data."""
-    raise NotImplementedError
+    """Returns the metrics of a run's adapter on its own split or on other data.
+
+    Args:
+        run_dir: A run's directory; with `data` also an adapter's.
+        data: A file, folder or data set name; None for the data the run was made with.
+        split: Which part of it.
+        batch_size: Rows computed at once.
+
+    Returns:
+        `{"split", "rows", "metrics", "confusion", "labels"}`.
+
+    Raises:
+        FormatError: The directory is not a run's.
+        DataError: The data can't be read, or has a label that the run doesn't know.
+    """
+    from graftune.tasks.predicting import Predictor, answer, measure_answers, measure_logits
+
+    predictor = Predictor.load(run_dir)
+    task, ready = predictor.task, predictor.ready
+    examples = _examples(Path(run_dir), data, split, task, predictor.columns)
+    _check_labels(examples, ready.labels)
+    if ready.labels:
+        found = measure_answers(
+            task, ready.labels, examples, answer(task, ready, examples, batch_size)
+        )
+    else:
+        features = task.encode(examples, ready).features
+        found = measure_logits(task, ready, features, batch_size)
+    return {
+        "split": split,
+        "rows": len(examples),
+        "metrics": found.metrics,
+        "confusion": found.confusion,
+        "labels": ready.labels,
+    }
 
 
 def predict(
@@ -76,12 +129,54 @@ def predict(
     Args:
         run_dir: A run's directory, or the directory of an adapter that a run made.
         rows: Texts, or rows with the columns that the task knows.
-        batch_size: Rows computed at once; it doesn't change the answers.
+        batch_size: Rows computed at once.
         base_only: Answer with the untrained base instead (instructions only).
         max_new_tokens: Longest answer (instructions only).
 
     Returns:
         Classification: `{"text", "label", "score", "probabilities": {label: p}}`.
         Instructions: `{"messages", "answer"}`.
+
+    Raises:
+        FormatError: The directory is not a finished run's or an adapter's.
+        DataError: A row can't be asked; or `base_only` for a task whose base can't answer.
     """
-    raise NotImplementedError
+    from graftune.tasks.predicting import Predictor
+    from graftune.tasks.workspace import read_task
+
+    if base_only and read_task(Path(run_dir))["labels"]:
+        raise DataError(
+            "The base alone can't answer with labels: its head is new. Compare with linear_probe."
+        )
+    predictor = Predictor.load(run_dir, base_only=base_only)
+    return predictor.predict(rows, batch_size, max_new_tokens=max_new_tokens)
+
+
+def _examples(
+    run_dir: Path, data: str | None, split: str, task: Task, columns: Mapping[str, str]
+) -> list[Example]:
+    """Returns the examples of a run's own split, or of other data with the same columns."""
+    from graftune.tasks.columns import check_columns
+    from graftune.tasks.data import load
+    from graftune.tasks.sources import read_split
+    from graftune.tasks.workspace import read_settings
+
+    if data is None:
+        splits = load(read_settings(run_dir).data, task).splits
+        if split not in splits:
+            raise DataError(f"The run has no {split} split: it has {', '.join(splits)}.")
+        return splits[split]
+    table = read_split(data, split)
+    check_columns(table, dict(columns))
+    return task.examples(table, columns)
+
+
+def _check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
+    from graftune.errors import nearest
+
+    for example in examples:
+        if labels and example.stratum not in labels:
+            raise DataError(
+                f'{example.where}: the label "{example.stratum}" is not one that the run was '
+                f"trained on.{nearest(example.stratum, labels)}"
+            )

@@ -30,17 +30,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-DEFAULT_LR: dict[str, float] = {
-    "lora": 1e-3,
-    "bitfit": 1e-3,
-    "fullfinetuning": 5e-5,
-}
-"""The learning rate of each method when a run names none and the method declares none
-(`Method.default_lr`). Few trained parameters want large steps, all of them small ones."""
-
-FALLBACK_LR = 1e-3
-"""The learning rate of a method that is not in `DEFAULT_LR`."""
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -101,7 +90,8 @@ class TrainSettings(_Section):
     accumulation: Count = 1
     """Batches whose gradients are summed to one step."""
     lr: Positive | None = None
-    """Learning rate at its highest. Default: the method's."""
+    """Learning rate at its highest. Default: the method's `default_lr` (LoRA and BitFit 1e-3, full
+    fine-tuning 5e-5: few trained values want large steps)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after the warm-up."""
     warmup: Fraction = 0.06

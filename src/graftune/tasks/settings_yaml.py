@@ -88,7 +88,7 @@ def parse_value(text: str) -> Any:
         (0.001, ['query', 'value'], None)
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a subclass of the safe loader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
 

@@ -1,0 +1,220 @@
+"""Classification of texts or pairs of texts: one label for each row.
+
+columns   text (and text_pair), label
+head      the model class's own, newly initialised, trained with the adapter
+batches   padded to the longest text in each
+metrics   accuracy, macro F1, Matthews' correlation
+answer    {"text", "label", "score", "probabilities": {label: p}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graftune.errors import DataError, nearest
+from graftune.tasks import metrics
+from graftune.tasks.columns import find_column
+from graftune.tasks.data import Example, normalised
+from graftune.tasks.settings import Columns
+from graftune.tasks.tables import Row, Table
+from graftune.tasks.task import Encoded, Ready, cut_note, register_task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+TEXTS = (
+    *("text", "sentence", "message", "utterance", "query", "review", "content", "body"),
+    *("question", "comment", "title"),
+)
+LABELS = ("label", "labels", "intent", "category", "class", "target", "sentiment", "topic")
+
+
+@register_task
+class Classification:
+    """One of a fixed set of labels for a text or a pair of texts."""
+
+    name: ClassVar[str] = "classification"
+    summary: ClassVar[str] = "one label for a text or a pair of texts"
+    model_task: ClassVar[str] = "classification"
+    epochs: ClassVar[float] = 10
+    batch_size: ClassVar[int] = 16
+    max_length: ClassVar[int] = 512
+    metric: ClassVar[str] = "accuracy"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc")
+    roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    def columns(self, table: Table, named: Columns) -> dict[str, str]:
+        """Returns the columns of text, text_pair (for pairs) and label."""
+        text, pair = named.text, named.text_pair
+        if text is None and pair is None:
+            text, pair = _usual_pair(table)
+        text = find_column(table, "text", text, TEXTS)
+        pair = find_column(table, "text_pair", pair, (), required=False)
+        label = find_column(table, "label", named.label, LABELS)
+        found = {"text": text, "text_pair": pair, "label": label}
+        return {role: column for role, column in found.items() if column is not None}
+
+    def examples(self, table: Table, columns: Mapping[str, str]) -> list[Example]:
+        """Returns each row's text(s) and label.
+
+        Raises:
+            DataError: A text is empty or no text; a label is missing.
+        """
+        return [_labelled(row, columns, table.where(index)) for index, row in enumerate(table.rows)]
+
+    def question(self, row: str | Mapping[str, Any], where: str) -> Example:
+        """Returns a text, or a row with `text` (and `text_pair`) or other usual names."""
+        if isinstance(row, str):
+            row = {"text": row}
+        table = Table([dict(row)], where)
+        text, pair = _usual_pair(table)
+        columns = {"text": find_column(table, "text", text, TEXTS) or "text"}
+        if pair is not None:
+            columns["text_pair"] = pair
+        fields = _texts(row, columns, where)
+        return Example(fields, _key(fields), "", where)
+
+    def labels(self, splits: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Returns the labels of the training data, numbers by size, names by alphabet.
+
+        Raises:
+            DataError: There is only one; or another split has a label that training never sees.
+        """
+        found = {example.stratum for example in splits["train"]}
+        if len(found) < 2:
+            raise DataError(
+                f'All {len(splits["train"])} training rows have the label "{found.pop()}": '
+                "there must be two labels or more."
+            )
+        for split in ("validation", "test"):
+            for example in splits.get(split, ()):
+                if example.stratum not in found:
+                    raise DataError(
+                        f'{example.where}: the {split} label "{example.stratum}" never occurs in '
+                        f"the training data.{nearest(example.stratum, found)}"
+                    )
+        return sorted(found, key=_order)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Changes nothing: any tokenizer will do."""
+        return []
+
+    def encode(self, examples: Sequence[Example], ready: Ready) -> Encoded:
+        """Returns each text as tokens, cut to the limit, with its label's number."""
+        number = {label: index for index, label in enumerate(ready.labels)}
+        lengths, rows = _tokens(examples, ready)
+        for row, example in zip(rows, examples, strict=True):
+            if example.stratum:
+                row["labels"] = number[example.stratum]
+        return Encoded(rows, lengths, cut_note(lengths, ready.max_length))
+
+    def summarise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the predicted class of each row of logits `(batch, classes)`."""
+        return logits.argmax(dim=-1)
+
+    def score(self, summaries: Any, labels: Any) -> dict[str, float]:
+        """Returns accuracy, macro F1 and MCC of predicted classes."""
+        counts = metrics.confusion(labels, summaries, int(max(labels.max(), summaries.max())) + 1)
+        return {
+            "accuracy": metrics.accuracy(counts),
+            "macro_f1": metrics.macro_f1(counts),
+            "mcc": metrics.matthews(counts),
+        }
+
+    def answer(
+        self, examples: Sequence[Example], ready: Ready, *, batch_size: int, max_new_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Returns each text with its likeliest label, that label's probability, and all of them."""
+        import torch
+
+        from graftune.tasks.batches import batches_of_like_length
+
+        _, rows = _tokens(examples, ready)
+        answers: list[dict[str, Any]] = [{} for _ in rows]
+        for indices, batch in batches_of_like_length(rows, ready, batch_size):
+            with torch.inference_mode():
+                logits = ready.model(**batch).logits
+            chances = torch.softmax(logits.float(), dim=-1).tolist()
+            for index, row in zip(indices, chances, strict=True):
+                answers[index] = _answer(examples[index], row, ready.labels)
+        return answers
+
+
+def _usual_pair(table: Table) -> tuple[str | None, str | None]:
+    lower = {column.lower(): column for column in table.columns}
+    for text, pair in PAIRS:
+        if text in lower and pair in lower:
+            return lower[text], lower[pair]
+    return None, None
+
+
+def _labelled(row: Row, columns: Mapping[str, str], where: str) -> Example:
+    fields = _texts(row, columns, where)
+    value = row.get(columns["label"])
+    label = _label(value)
+    if not label:
+        raise DataError(f'{where}: the label ("{columns["label"]}") is missing, found {value!r}.')
+    return Example({**fields, "label": label}, _key(fields), label, where)
+
+
+def _texts(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for role in ("text", "text_pair"):
+        if role not in columns:
+            continue
+        value = row.get(columns[role])
+        if not isinstance(value, str):
+            raise DataError(f'{where}: "{columns[role]}" is {value!r}, expected a text.')
+        if not value.strip():
+            raise DataError(f'{where}: the text ("{columns[role]}") is empty.')
+        texts[role] = value
+    return texts
+
+
+def _label(value: Any) -> str:
+    """Returns a label as text; 1, 1.0 and " 1 " are the same label."""
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else "" if value != value else value
+    return "" if value is None else str(value).strip()
+
+
+def _key(fields: Mapping[str, str]) -> str:
+    return "\x1f".join(normalised(fields[role]) for role in ("text", "text_pair") if role in fields)
+
+
+def _order(label: str) -> tuple[float, str]:
+    return (float(label), "") if label.lstrip("-").isdecimal() else (float("inf"), label)
+
+
+def _tokens(examples: Sequence[Example], ready: Ready) -> tuple[list[int], list[dict[str, Any]]]:
+    """Returns each example's whole length in tokens, and its tokens cut to the limit."""
+    texts = [example.fields["text"] for example in examples]
+    pairs = [example.fields.get("text_pair") for example in examples]
+    second = None if None in pairs else pairs
+    whole = ready.tokenizer(texts, second, verbose=False)
+    lengths = [len(ids) for ids in whole["input_ids"]]
+    if max(lengths) > ready.max_length:
+        whole = ready.tokenizer(texts, second, truncation=True, max_length=ready.max_length)
+    keys = [key for key in whole if key != "attention_mask"]
+    return lengths, [{key: whole[key][index] for key in keys} for index in range(len(texts))]
+
+
+def _answer(example: Example, chances: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
+    best = max(range(len(chances)), key=chances.__getitem__)
+    texts = {role: example.fields[role] for role in ("text", "text_pair") if role in example.fields}
+    return {
+        **texts,
+        "label": labels[best],
+        "score": chances[best],
+        "probabilities": dict(zip(labels, chances, strict=True)),
+    }

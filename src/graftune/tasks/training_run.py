@@ -1,0 +1,282 @@
+"""One training run, step by step: data, base, adapter, training, test, files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graftune.errors import SettingsError
+from graftune.tasks import workspace
+from graftune.tasks.data import Example, Loaded, load
+from graftune.tasks.fitting import Fitted, fit, total_steps
+from graftune.tasks.models import load_base
+from graftune.tasks.predicting import Measured, answer, measure_answers, measure_logits
+from graftune.tasks.resolving import length_limit, method_of, precision, resolved
+from graftune.tasks.result import RunResult, Watcher
+from graftune.tasks.settings import RunSettings
+from graftune.tasks.task import Encoded, Ready, Task, find_task
+
+if TYPE_CHECKING:
+    from graftune.adapter import Adapter
+    from graftune.methods.base import Method
+
+SHOWN_ANSWERS = 8
+"""Test rows that are answered at the end of a run of a task that generates text."""
+
+
+@dataclass
+class TrainingRun:
+    """A run whose settings and data are known to be sound; nothing is written or loaded yet."""
+
+    settings: RunSettings
+    task: Task
+    method: Method
+    data: Loaded
+    labels: list[str]
+    watcher: Watcher
+    began: float
+    notes: list[str] = field(default_factory=list[str])
+
+    @classmethod
+    def prepared(cls, settings: RunSettings, watcher: Watcher) -> TrainingRun:
+        """Returns a run, its settings resolved and its data read and checked.
+
+        Raises:
+            SettingsError: A setting can't be.
+            DataError: The data can't be trained on.
+        """
+        began = time.monotonic()
+        task = find_task(settings.task)
+        method = method_of(settings.method)
+        settings = resolved(settings, task, method)
+        data = load(settings.data, task)
+        labels = task.labels(data.splits)
+        if "validation" not in data.splits:
+            settings = _without_validation(settings)
+        run = cls(settings, task, method, data, labels, watcher, began)
+        run.notes.extend(data.report.notes)
+        return run
+
+    def plan(self) -> dict[str, Any]:
+        """Returns what the run would do."""
+        return {
+            "settings": self.settings.to_dict(),
+            "data": self.data.report.to_dict(),
+            "labels": self.labels,
+            "total_steps": total_steps(self.settings, len(self.data.splits["train"])),
+            "notes": self.notes,
+        }
+
+    def run(self, resume: bool, overwrite: bool) -> RunResult:
+        """Trains, tests, writes everything, and returns the result.
+
+        Raises:
+            SettingsError: The run's directory is taken, or holds a run with other settings.
+            TrainingError: The run can't go on.
+        """
+        run_dir = self.settings.run_dir
+        with workspace.claimed(run_dir, resume=resume, overwrite=overwrite):
+            finished = self._earlier(run_dir) if resume else None
+            if finished is not None:
+                self._note(f"{run_dir} is finished already; nothing was done.")
+                return finished
+            return self._run(run_dir, resume)
+
+    def _earlier(self, run_dir: Path) -> RunResult | None:
+        """Returns an earlier run's result, None if it isn't finished; refuses other settings."""
+        if not (run_dir / workspace.SETTINGS).exists():
+            return None
+        check_same_settings(workspace.read_settings(run_dir), self.settings)
+        done = (run_dir / workspace.RESULT).exists()
+        return RunResult.load(run_dir) if done else None
+
+    def _run(self, run_dir: Path, resume: bool) -> RunResult:
+        from graftune.adapter import attach
+        from graftune.training.memory import reset_peak_memory
+
+        for note in self.notes:
+            self.watcher.on_note(note)
+        workspace.write_text(run_dir / workspace.SETTINGS, self.settings.to_yaml())
+        environment = workspace.environment(self.data.report.hashes)
+        workspace.write_json(run_dir / workspace.ENVIRONMENT, environment)
+        reset_peak_memory()
+        ready = self._ready()
+        base_bytes = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+        encoded = self._encoded(ready)
+        seed = self.settings.train.seed
+        adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed)
+        fitted = self._fit(ready, encoded, run_dir, resume)
+        self._save(adapter, ready, run_dir)
+        measured = self._test(ready, encoded, run_dir)
+        result = self._result(ready, fitted, measured, run_dir, base_bytes)
+        workspace.write_text(run_dir / workspace.RESULT, result.to_json())
+        self.watcher.on_end(result)
+        return result
+
+    def _ready(self) -> Ready:
+        base = load_base(
+            self.settings.base,
+            self.task.model_task,
+            labels=self.labels or None,
+            dtype=precision(self.settings),
+            seed=self.settings.train.seed,
+            note=self._note,
+        )
+        for note in self.task.prepare(base.tokenizer):
+            self._note(note)
+        limit = length_limit(self.settings, self.task, base.model, base.tokenizer)
+        return Ready(base.model, base.tokenizer, self.labels, limit)
+
+    def _encoded(self, ready: Ready) -> dict[str, Encoded]:
+        """Returns all splits as tokens, their lengths in the data's report."""
+        found: dict[str, Encoded] = {}
+        report = self.data.report
+        report.max_length = ready.max_length
+        for split, examples in self.data.splits.items():
+            found[split] = self.task.encode(examples, ready)
+            lengths = np.array(found[split].lengths)
+            middle, high, most = np.percentile(lengths, [50, 90, 100], method="nearest")
+            report.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
+            report.cut[split] = int((lengths > ready.max_length).sum())
+            for note in found[split].notes:
+                self._note(f"{split.capitalize()}: {note}")
+        return found
+
+    def _fit(
+        self, ready: Ready, encoded: Mapping[str, Encoded], run_dir: Path, resume: bool
+    ) -> Fitted:
+        validation = encoded.get("validation", Encoded()).features
+        return fit(
+            ready,
+            self.task,
+            self.settings,
+            encoded["train"].features,
+            validation,
+            run_dir=run_dir,
+            watcher=self.watcher,
+            plan=self._announcement(ready, run_dir),
+            resume=resume,
+        )
+
+    def _announcement(self, ready: Ready, run_dir: Path) -> dict[str, Any]:
+        from graftune.counting import summary
+
+        rows = self.data.report.rows
+        train = self.settings.train
+        return {
+            "name": self.settings.run_name,
+            "task": self.task.name,
+            "method": self.method.name,
+            "base": self.settings.base,
+            "run_dir": str(run_dir),
+            "train_rows": rows["train"],
+            "validation_rows": rows.get("validation", 0),
+            "test_rows": rows.get("test", 0),
+            "epochs": train.epochs,
+            "batch_size": train.batch_size,
+            "lr": train.lr,
+            "parameters": summary(ready.model).to_dict(),
+        }
+
+    def _save(self, adapter: Adapter, ready: Ready, run_dir: Path) -> None:
+        """Writes the adapter and, beside it and in the run's directory, what prediction needs."""
+        told = {
+            "task": self.task.name,
+            "base": self.settings.base,
+            "labels": self.labels,
+            "max_length": ready.max_length,
+            "columns": self.data.report.columns,
+            "chat_template": None if self.labels else ready.tokenizer.chat_template,
+            "precision": precision(self.settings),
+        }
+        adapter.save(run_dir / workspace.ADAPTER)
+        for directory in (run_dir / workspace.ADAPTER, run_dir):
+            workspace.write_json(directory / workspace.TASK, told)
+
+    def _test(self, ready: Ready, encoded: Mapping[str, Encoded], run_dir: Path) -> Measured:
+        examples = self.data.splits.get("test")
+        if not examples:
+            return Measured({}, [])
+        size = 2 * (self.settings.train.batch_size or 1)
+        if self.labels:
+            answers = answer(self.task, ready, examples, size)
+            self._write_answers(examples, answers, run_dir)
+            return measure_answers(self.task, self.labels, examples, answers)
+        shown = [self.task.question(one.fields, one.where) for one in examples[:SHOWN_ANSWERS]]
+        self._write_answers(examples, answer(self.task, ready, shown, size), run_dir)
+        return measure_logits(self.task, ready, encoded["test"].features, size)
+
+    def _write_answers(
+        self, examples: Sequence[Example], answers: Sequence[Mapping[str, Any]], run_dir: Path
+    ) -> None:
+        rows = [
+            {**found, "true": example.stratum} if self.labels else {**found, **example.fields}
+            for example, found in zip(examples, answers, strict=False)
+        ]
+        workspace.write_lines(run_dir / workspace.PREDICTIONS, rows)
+
+    def _result(
+        self, ready: Ready, fitted: Fitted, measured: Measured, run_dir: Path, base_bytes: int
+    ) -> RunResult:
+        from graftune.counting import summary
+        from graftune.training.memory import peak_memory_bytes
+
+        metrics = {"validation": fitted.validation, "test": measured.metrics}
+        return RunResult(
+            name=self.settings.run_name,
+            kind="adapter",
+            settings=self.settings.to_dict(),
+            versions=workspace.versions(),
+            history=fitted.history,
+            metrics={split: found for split, found in metrics.items() if found},
+            confusion=measured.confusion,
+            labels=self.labels,
+            parameters=summary(ready.model).to_dict(),
+            adapter_bytes=workspace.size_of(run_dir / workspace.ADAPTER),
+            base_bytes=base_bytes,
+            seconds=time.monotonic() - self.began,
+            peak_memory_bytes=peak_memory_bytes(),
+            adapter_path=str(run_dir / workspace.ADAPTER),
+            run_dir=str(run_dir),
+            data=self.data.report.to_dict(),
+            notes=self.notes,
+        )
+
+    def _note(self, note: str) -> None:
+        self.notes.append(note)
+        self.watcher.on_note(note)
+
+
+def check_same_settings(before: RunSettings, now: RunSettings) -> None:
+    """Checks that a run is resumed with the settings it was begun with.
+
+    Raises:
+        SettingsError: They differ; it names the first key that does.
+    """
+    old, new = _flat(before.to_dict()), _flat(now.to_dict())
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            raise SettingsError(
+                f"The run was begun with {key} = {old.get(key)!r}, not {new.get(key)!r}: resume it "
+                "with its own settings, or start another one."
+            )
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{above}.{key}" if above else key
+        flat |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def _without_validation(settings: RunSettings) -> RunSettings:
+    """Returns settings for a run that has nothing to select the best weights by."""
+    if settings.train.early_stop is not None:
+        raise SettingsError("train.early_stop needs validation data, and there is none.")
+    return settings.replaced(train={"select": "last"})
