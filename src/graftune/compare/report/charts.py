@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from graftune.compare.report.words import number
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 MOST_POINTS = 400
 """A longer curve is drawn as means over equal runs of its points, to keep the page small."""
 

@@ -152,7 +152,7 @@ def margin(share: float, rows: int) -> tuple[float, float]:
 def trained_share(run: Run) -> float | None:
     """Returns trained parameters over the base's, or None when the run counted none."""
     parameters = run.get("parameters") or {}
-    share = parameters.get("share")
+    share: Any = parameters.get("share")
     return float(share) if _is_number(share) else None
 
 

@@ -1,0 +1,13 @@
+"""Options that several commands share, and the headings of their help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output, alone there.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")]
