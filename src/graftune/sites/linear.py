@@ -39,14 +39,14 @@ class LinearSite(Site):
         active = self.active
         plan = active.current() if active.overridden else active.plan
         if plan.groups is None:
-            return self._apply(plan.names, args[0], y, host)
+            return self._changed(plan.names, args[0], y, host)
         for names, at in self.mixed_rows(y.shape[0], y.device):
             if any(name in self._modules for name in names):
-                some = self._apply(names, args[0].index_select(0, at), y.index_select(0, at), host)
+                some = self._changed(names, args[0].index_select(0, at), y.index_select(0, at), host)
                 y = y.index_copy(0, at, some)
         return y
 
-    def _apply(self, names: tuple[str, ...], x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+    def _changed(self, names: tuple[str, ...], x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         deltas = self._modules
         for name in names:
             delta = deltas.get(name)
