@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from graftune.errors import SettingsError
 from graftune.training import training_args
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from graftune.training import diagnosis
 from tests.training.models import tiny
-from torch import nn
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
 from hypothesis import given
 from hypothesis import strategies as st
+
+from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
 
 
 def padded(lengths: list[int], order: list[int], size: int) -> int:

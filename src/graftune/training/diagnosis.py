@@ -73,7 +73,7 @@ def _without_module(model: nn.Module) -> str:
     gradient = nonfinite_gradient(model)
     if gradient:
         return f"every output is finite, the gradient of {gradient} isn't"
-    return "a second pass over the same batch was finite, so it came by chance (dropout) or in the loss"
+    return "a second pass over the batch was finite, so it came by chance (dropout) or in the loss"
 
 
 def _count_bad(tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Batches of examples of like length, so that little is computed on padding.
 
-    shuffle ─> buckets of `bucket` batches ─> sort each by length ─> cut into batches ─> shuffle those
+    shuffle ─> buckets of `bucket` batches ─> each sorted by length ─> batches ─> shuffled
 
 The order is a function of (lengths, batch size, seed, epoch) alone: it takes nothing from torch's
 global random state, so a run resumed in the middle of an epoch sees the batches it would have seen.
@@ -98,15 +98,15 @@ def token_lengths(dataset: Any) -> list[int] | None:
 
 
 class PadToLongest:
-    """Makes a batch of examples: what varies in length is padded on one side to the batch's longest.
+    """Makes a batch of examples: what varies in length is padded on one side to the longest.
 
     `input_ids` get the padding token, labels −100, everything else 0; `label` and `label_ids`
     become `labels`. An `attention_mask` is made where the examples bring none.
 
     Example:
-        >>> batch = PadToLongest(9)([{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 1}])
-        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
-        ([[1, 2], [3, 9]], [0, 1])
+        >>> batch = PadToLongest(9)([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        ([[1, 2], [3, 9]], [[1, 1], [1, 0]])
     """
 
     def __init__(self, pad_token_id: int = 0, *, side: str = "right") -> None:

@@ -1,0 +1,330 @@
+"""transformers' Trainer for models with adapters.
+
+What it adds: checkpoints that hold the adapters only, whole or not there; a resumed run gives the
+loss curve of the uninterrupted one bit for bit; batches of like length; the methods' penalties,
+schedules and learning rates; a loss that isn't finite stops the run and names the module; Ctrl-C
+ends it at a checkpoint.
+
+    class MyTrainer(TrainerMixin, SFTTrainer): ...     the same for another library's Trainer
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_utils import rotate_checkpoints
+
+from graftune.adapter import Adapter, adapters
+from graftune.errors import TrainingError
+from graftune.training import checkpoints, groups
+from graftune.training.arguments import training_args
+from graftune.training.diagnosis import first_nonfinite, nonfinite_gradient
+from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
+from graftune.training.steps import Interruption, Steps
+
+_Base = transformers.Trainer if TYPE_CHECKING else object
+_BY_LENGTH = ("random", "group_by_length")
+
+
+class TrainerMixin(_Base):
+    """What graftune adds to a Trainer; stands before it among the bases of a class."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: transformers.TrainingArguments | None = None,
+        data_collator: Any = None,
+        *rest: Any,
+        group_by_length: bool = True,
+        on_interrupt: Callable[[Path | None], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Takes what the Trainer takes, and two settings more.
+
+        Args:
+            model: a model with adapters attached (or without: then it trains what it would).
+            args: the Trainer's; `training_args()` where missing.
+            data_collator: pads to the longest of the batch, where missing.
+            rest: the Trainer's further settings, in its order.
+            group_by_length: batches of examples of like length, where they have `input_ids`.
+            on_interrupt: called after Ctrl-C with the checkpoint to resume from, or None.
+            settings: the Trainer's further settings, by name.
+        """
+        self.group_by_length = group_by_length
+        self.on_interrupt = on_interrupt
+        self.interruption = Interruption()
+        self._order: LengthBatches | None = None
+        self._folder: Path | None = None
+        self._unlogged: tuple[float, int] | None = None
+        self._flops_per_token: int | None = None
+        args = training_args("tmp_trainer") if args is None else args
+        if data_collator is None and settings.get("processing_class") is None and not rest:
+            data_collator = _padding(model, settings.get("train_dataset"))
+        super().__init__(model, args, data_collator, *rest, **settings)
+        self.add_callback(Steps(self))
+
+    def training_adapters(self) -> list[Adapter]:
+        """Returns the attached adapters that train."""
+        found = adapters(_unwrapped(self)).values()
+        return [a for a in found if any(p.requires_grad for p in a.parameters())]
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *rest: Any, **settings: Any) -> Any:
+        """Trains; True, or a folder, resumes from a checkpoint.
+
+        Raises:
+            TrainingError: there is no checkpoint to resume from, it was made by other settings, or
+                the loss is no longer finite.
+            KeyboardInterrupt: after Ctrl-C, once the step is done and its checkpoint written; a
+                second Ctrl-C doesn't wait.
+        """
+        if resume_from_checkpoint not in (None, False):
+            found = checkpoints.find_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")
+            resume_from_checkpoint = str(found)
+        try:
+            with self.interruption.listening():
+                result = super().train(resume_from_checkpoint, *rest, **settings)
+            if self.interruption.asked:
+                raise KeyboardInterrupt
+            return result
+        except KeyboardInterrupt as interrupt:
+            kept = checkpoints.last_checkpoint(Path(self.args.output_dir or "."))
+            interrupt.add_note(_how_to_go_on(kept))
+            if self.on_interrupt is not None:
+                self.on_interrupt(kept)
+            raise
+
+    def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **settings: Any) -> Tensor:
+        """Returns the detached loss of a batch after its backward pass.
+
+        Raises:
+            TrainingError: it isn't finite; the first module that isn't is named.
+        """
+        loss = super().training_step(model, inputs, *rest, **settings)
+        if not math.isfinite(loss.item()):
+            cause = first_nonfinite(_unwrapped(self), self._prepare_inputs(dict(inputs)))
+            raise self._not_finite(f"the loss is {loss.item()}", cause)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Returns the model's loss plus the methods' penalties in training (with the outputs)."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        penalty = self._penalty() if model.training else None
+        if penalty is None:
+            return result
+        if self._divided_by_the_model(num_items_in_batch):
+            penalty = penalty / self.current_gradient_accumulation_steps
+        if return_outputs:
+            return result[0] + penalty, result[1]
+        return result + penalty
+
+    def _penalty(self) -> Tensor | None:
+        parts = [a.method.penalty(a) for a in self.training_adapters()]
+        present = [part for part in parts if part is not None]
+        return torch.stack(present).sum() if present else None
+
+    def _divided_by_the_model(self, items: Any) -> bool:
+        """Whether the loss is normalised over the accumulated batches, not by training_step."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and items is not None) or bool(
+            self.compute_loss_func
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if norm is not None and not scaled and not math.isfinite(float(norm)):
+            name = nonfinite_gradient(_unwrapped(self))
+            cause = f"{name} is the first parameter whose gradient isn't finite"
+            raise self._not_finite(f"the gradient's norm is {float(norm)}", cause)
+        return norm
+
+    def _not_finite(self, what: str, cause: str) -> TrainingError:
+        kept = checkpoints.last_checkpoint(Path(self.args.output_dir or "."))
+        return TrainingError(
+            f"training stopped at step {self.state.global_step + 1}: {what}; {cause}. Lower the "
+            f"learning rate (now {self._get_learning_rate():g}) or look at the batch"
+            + (f'; the last checkpoint is "{kept}".' if kept else ".")
+        )
+
+    # -- optimizer and data ----------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Makes the optimizer, with the learning rates that methods ask for.
+
+        Raises:
+            TrainingError: the optimizer makes its own groups, and a method needs some.
+        """
+        model = self.model if model is None else model
+        lr = self.args.learning_rate
+        asks = [a for a in self.training_adapters() if a.method.param_groups(a, lr)]
+        if self.optimizer is not None or not asks:
+            return super().create_optimizer(model)
+        given = self.optimizer_cls_and_kwargs
+        kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
+            raise TrainingError(
+                f"{asks[0].method.name} sets its own learning rates, which the optimizer "
+                f'"{self.args.optim}" can\'t take; use optim="adamw_torch".'
+            )
+        own = groups.parameter_groups(model, asks, lr=lr, weight_decay=self.args.weight_decay)
+        self.optimizer = kind(own, **options)
+        return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the parameters that weight decay is for: matrices, not biases, norms or gates."""
+        return [name for name, p in model.named_parameters() if groups.decays(p)]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        wanted = self.group_by_length and self.args.train_sampling_strategy in _BY_LENGTH
+        lengths = token_lengths(dataset) if wanted else None
+        if lengths is None:
+            self._order = None
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = LengthBatches(lengths, self._train_batch_size, seed=seed)
+        return self._order
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order of examples comes next."""
+        if self._order is not None:
+            self._order.set_epoch(epoch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Returns the operations of a batch; the model is counted once, not at each step."""
+        if self._flops_per_token is None:
+            count = getattr(self.model, "num_parameters", None)
+            self._flops_per_token = 6 * count(exclude_embeddings=True) if count else 0
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if main is None else self._flops_per_token * main.numel()
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self.training_adapters() or self.args.push_to_hub:
+            super()._save_checkpoint(model, trial)
+            return
+        run = Path(super()._get_output_dir(trial))
+        final = run / f"checkpoint-{self.state.global_step}"
+        with checkpoints.whole(final, writer=self.args.should_save) as folder:
+            self._folder = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._folder = None
+            if self.args.should_save:
+                self._complete(folder, final)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+
+    def _complete(self, folder: Path, final: Path) -> None:
+        """Writes what a checkpoint needs besides the Trainer's files, which name their place."""
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(folder / checkpoints.TRAINER_STATE))
+        checkpoints.write_manifest(folder, self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        made = {adapter.name: adapter.method.to_dict() for adapter in self.training_adapters()}
+        unlogged = {"loss": self._tr_loss.item(), "step": self._globalstep_last_logged}
+        return {"format": 1, "adapters": made, "data": self._data_order(), "unlogged": unlogged}
+
+    def _data_order(self) -> dict[str, Any]:
+        dataset: Any = self.train_dataset
+        args = self.args
+        return {
+            "examples": len(dataset) if hasattr(dataset, "__len__") else None,
+            "batch size": self._train_batch_size * args.world_size,
+            "gradient accumulation": args.gradient_accumulation_steps,
+            "data seed": args.seed if args.data_seed is None else args.data_seed,
+            "order": "by length" if self._order is not None else str(args.train_sampling_strategy),
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._folder is None else str(self._folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        found = self.training_adapters()
+        if not found:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        checkpoints.save_adapters(found, folder, resumable=self._folder is not None)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        found = self.training_adapters()
+        if not found:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder = Path(resume_from_checkpoint)
+        manifest = checkpoints.read_manifest(folder)
+        checkpoints.check_methods(found, manifest, folder)
+        if not self.args.ignore_data_skip:
+            self._get_train_sampler()
+            checkpoints.check_data(self._data_order(), manifest, folder)
+        checkpoints.load_adapters(found, folder)
+        self._unlogged = manifest["unlogged"]["loss"], manifest["unlogged"]["step"]
+
+    def _load_best_model(self) -> None:
+        found = self.training_adapters()
+        if not found:
+            super()._load_best_model()
+            return
+        checkpoints.load_adapters(found, Path(str(self.state.best_model_checkpoint)))
+
+    def restore_loss(self) -> None:
+        """Puts back what a resumed run had summed up since it logged the loss last."""
+        if self._unlogged is not None:
+            loss, self._globalstep_last_logged = self._unlogged
+            self._tr_loss.fill_(loss)
+            self._unlogged = None
+
+
+class Trainer(TrainerMixin, transformers.Trainer):
+    """transformers' Trainer with what `TrainerMixin` adds."""
+
+
+def _unwrapped(trainer: TrainerMixin) -> nn.Module:
+    """Returns the model itself; DDP and compilation don't wrap `trainer.model`, FSDP does."""
+    model: Any = trainer.model
+    wrapped = getattr(trainer, "is_fsdp_enabled", False)
+    return trainer.accelerator.unwrap_model(model) if wrapped else model
+
+
+def _padding(model: Any, dataset: Any) -> PadToLongest | None:
+    """Returns the collator for examples of tokens, None for others."""
+    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)
+    if not sized or "input_ids" not in dataset[0]:
+        return None
+    token = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return PadToLongest(0 if token is None else token)
+
+
+def _how_to_go_on(kept: Path | None) -> str:
+    if kept is None:
+        return "No checkpoint had been written."
+    return f'Kept "{kept}"; go on with trainer.train(resume_from_checkpoint={os.fspath(kept)!r}).'
