@@ -62,16 +62,16 @@ def _content(tree: Tree) -> tuple[bool, bool]:
 def stack_kind(path: str, tree: Tree, model_type: str, config: Any) -> StackKind:
     """Returns what a stack reads and writes, from its path and the model's kind."""
     lower = path.lower()
-    if "vision" in lower or "visual" in lower or "image" in lower:
+    if any(word in lower for word in ("vision", "visual", "image")):
         return "vision"
-    if "decoder" in lower:
+    if "decoder" in lower or "language_model" in lower:
         return "decoder"
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder"
     if getattr(tree.model, "main_input_name", "input_ids") == "pixel_values":
         return "vision"
     if "text" in lower and hasattr(config, "vision_config"):
         return "text"
+    if getattr(config, "is_encoder_decoder", False) or "audio" in lower:
+        return "encoder"
     return "decoder" if _is_causal(model_type, config) else "encoder"
 
 

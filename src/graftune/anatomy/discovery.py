@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from graftune.anatomy import order, surroundings, table
 from graftune.anatomy.blocks import find_chains, stack_kind
+from graftune.anatomy.drafts import BlockView, Draft
 from graftune.anatomy.given import check_given
 from graftune.anatomy.modules import Tree
 from graftune.anatomy.parts import Anatomy, Block, Span, Stack
-from graftune.anatomy.spans import BlockView, Draft, find_spans
+from graftune.anatomy.spans import find_spans
 from graftune.errors import AnatomyError
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def _stacks(
             blocks.append(block)
             missing += lines
             index += 1
+        if blocks and not any(span.kind == "ffn" for block in blocks for span in block.spans):
+            missing += _no_feed_forward(chain.path, blocks)
         kind = stack_kind(chain.path, tree, model_type, model.config)
         stacks.append(Stack(kind, chain.path, tuple(blocks)))
     if not stacks:
@@ -79,10 +82,20 @@ def _stacks(
     return tuple(stacks), tuple(missing)
 
 
+def _no_feed_forward(path: str, blocks: list[Block]) -> list[str]:
+    """Returns a line if a stack's attentions have no feed-forward beside them, as XLM's haven't.
+
+    Stacks of cross-attentions alone, and of state-space layers, are made so.
+    """
+    attends = any(span.kind == "attention" for block in blocks for span in block.spans)
+    lone = attends and "cross" not in path
+    return [f"{path}: no feed-forward in any of its {len(blocks)} blocks"] if lone else []
+
+
 def _block(view: BlockView, index: int, position: int) -> tuple[Block, list[str]]:
     drafts = find_spans(view)
     outer = order.outer_norms(view, drafts)
-    spans = tuple(_span(draft, drafts, outer, view) for draft in drafts)
+    spans = tuple(_span(draft, drafts, outer, view) for draft in drafts if draft.projections)
     width = _width(view, spans)
     lines = [line for draft in drafts for line in draft.missing]
     kind = order.find_order(view, drafts, outer)

@@ -6,47 +6,53 @@ weights the dimension that is the output of the map.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graftune.anatomy import table
+from graftune.anatomy.drafts import BlockView
+from graftune.anatomy.modules import leaf
 from graftune.anatomy.names import QKV
 from graftune.anatomy.parts import Projection, Role
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from graftune.anatomy.spans import BlockView
 
 Rows = tuple[tuple[int, int], ...]
 
 
 def split_attention(
-    path: str,
-    roles: tuple[Role, ...],
-    outputs: int,
-    head_inputs: int | None,
-    core: nn.Module,
-    view: BlockView,
+    path: str, roles: tuple[Role, ...], heads_width: int | None, core: str, view: BlockView
 ) -> list[Projection]:
     """Returns one projection per role of an attention's input linear.
 
-    `head_inputs` is the width of all heads together (the output linear's input), which with grouped
+    `heads_width` is the width of all heads together (the output linear's input), which with grouped
     queries tells queries from keys and values.
     """
     if len(roles) == 1:
         return [Projection(roles[0], path)]
-    order = table.INTERLEAVED.get(view.model_type)
-    if order and roles == QKV:
-        rows = _per_head(order, outputs, _heads(core, view.config))
+    outputs = view.linears[path][1]
+    module = view.tree.modules[core]
+    known = table.LAYOUTS.get("kv_b_proj" if leaf(path) == "kv_b_proj" else view.model_type)
+    layout = known(Settings(module, view.config)) if known else None
+    if layout:
+        rows = _repeated(*layout, outputs)
         return [Projection(role, path, rows=rows[role], layout="interleaved") for role in roles]
-    sizes = _sizes(roles, outputs, head_inputs)
-    rows = _runs(roles, sizes)
+    rows = _runs(roles, _sizes(roles, outputs, heads_width))
     return [Projection(role, path, rows=rows[role], layout="contiguous") for role in roles]
 
 
-def _sizes(roles: tuple[Role, ...], outputs: int, head_inputs: int | None) -> list[int]:
-    if roles == QKV and head_inputs is not None and head_inputs < outputs:
-        return [head_inputs, *[(outputs - head_inputs) // 2] * 2]
+class Settings:
+    """A module's settings: its own attributes, else its config's, else the model's."""
+
+    def __init__(self, *owners: Any) -> None:
+        self.owners = [*owners, *(getattr(owner, "config", None) for owner in owners)]
+
+    def __call__(self, *names: str) -> int:
+        """Returns the first of `names` that any owner has, 0 if none has."""
+        found = (getattr(owner, name, None) for name in names for owner in self.owners)
+        return next((int(value) for value in found if isinstance(value, int)), 0)
+
+
+def _sizes(roles: tuple[Role, ...], outputs: int, heads_width: int | None) -> list[int]:
+    if roles == QKV and heads_width is not None and heads_width < outputs:
+        return [heads_width, *[(outputs - heads_width) // 2] * 2]
     return [outputs // len(roles)] * len(roles)
 
 
@@ -59,39 +65,31 @@ def _runs(roles: tuple[Role, ...], sizes: list[int]) -> dict[Role, Rows]:
     return rows
 
 
-def _per_head(order: tuple[Role, ...], outputs: int, heads: int) -> dict[Role, Rows]:
-    size = outputs // (heads * len(order))
-    return {
-        role: tuple(
-            (start, start + size) for start in range(place * size, outputs, len(order) * size)
-        )
-        for place, role in enumerate(order)
-    }
-
-
-def _heads(core: nn.Module, config: Any) -> int:
-    """Returns the number of heads, from the attention module or else the config."""
-    names = ("num_heads", "num_attention_heads", "n_head", "n_heads")
-    for owner in (core, getattr(core, "config", None), config):
-        for name in names:
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    return 1
+def _repeated(groups: int, cell: tuple[tuple[Role, int], ...], outputs: int) -> dict[Role, Rows]:
+    """Returns the rows of a layout that repeats `cell` (roles with relative sizes) per group."""
+    unit = outputs // (max(groups, 1) * sum(size for _, size in cell))
+    rows: dict[Role, list[tuple[int, int]]] = {role: [] for role, _ in cell}
+    start = 0
+    for _ in range(max(groups, 1)):
+        for role, size in cell:
+            rows[role].append((start, start + size * unit))
+            start += size * unit
+    return {role: tuple(ranges) for role, ranges in rows.items()}
 
 
 def split_feed_forward(
     path: str,
     roles: tuple[Role, ...],
-    shape: tuple[int, ...],
-    linears: dict[str, tuple[int, int]],
-    model_type: str,
+    outputs: int,
     parameter: str = "weight",
+    every_other: bool = False,
 ) -> list[Projection]:
     """Returns one projection per role of a feed-forward's linear or 3-D parameter."""
     if len(roles) < 2:
         return [Projection(role, path, parameter) for role in roles]
-    outputs = shape[1]
-    half = outputs // 2
-    rows = _runs(roles, [half, outputs - half])
-    return [Projection(role, path, parameter, rows[role], "contiguous") for role in roles]
+    if every_other:
+        rows = _repeated(outputs // 2, tuple((role, 1) for role in roles), outputs)
+    else:
+        rows = _runs(roles, [outputs // 2, outputs - outputs // 2])
+    layout = "interleaved" if every_other else "contiguous"
+    return [Projection(role, path, parameter, rows[role], layout) for role in roles]

@@ -22,21 +22,21 @@ ATTENTION: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
         QKV,
     ),
     (_words("qk_proj"), ("query", "key")),
-    (_words("key_value(_proj)?", "kv(_proj|_linear)?", "kv_b_proj"), ("key", "value")),
+    (_words("key_value(_proj)?", "(to_)?kv(_proj|_linear)?", "kv_b_proj"), ("key", "value")),
     (
         _words(
-            "q(_proj|_lin|_linear|_attn|_a_proj|_b_proj|_a|_b)?",
+            "q(_proj|_lin|_linear|_attn|_a_proj|_b_proj|_a|_b|_head)?",
             "query(_proj|_layer|_global|_linear)?",
-            "wq(_a|_b)?",
+            "[wW]q(_a|_b)?",
             "(linear|proj|project|to|in_proj|lin)_q(uery)?",
         ),
         ("query",),
     ),
     (
         _words(
-            "k(_proj|_lin|_linear)?",
+            "k(_proj|_lin|_linear|_head)?",
             "key(_proj|_layer|_global|_linear)?",
-            "wk",
+            "[wW]k",
             "(linear|proj|project|to|in_proj|lin)_k(ey)?",
             "kv_a_proj_with_mqa",
             "kv_a_proj",
@@ -45,9 +45,9 @@ ATTENTION: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
     ),
     (
         _words(
-            "v(_proj|_lin|_linear)?",
+            "v(_proj|_lin|_linear|_head)?",
             "value(_proj|_layer|_global|_linear)?",
-            "wv",
+            "[wW]v",
             "(linear|proj|project|to|in_proj|lin)_v(alue)?",
         ),
         ("value",),
@@ -61,7 +61,8 @@ OUTPUT = _words(
     "c_proj",
     "dense",
     "proj",
-    "project_o",
+    "project_o(ut)?",
+    "attention_out",
     "to_out",
     "linear_out",
     "attn_out",
@@ -72,7 +73,10 @@ OUTPUT = _words(
 )
 
 FEED_FORWARD: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
-    (_words("gate_up_proj", "gate_and_up_proj", "Wi", "up_gate_proj"), ("gate", "up")),
+    (
+        _words("gate_up_proj", "gate_and_up_proj", "Wi", "up_gate_proj", "input_linear"),
+        ("gate", "up"),
+    ),
     (_words("gate_proj", "wi_0", "gate_linear", "gate"), ("gate",)),
     (
         _words(
@@ -91,6 +95,7 @@ FEED_FORWARD: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
             "layer_1",
             "ffn",
             "w_in",
+            "dense_?1",
         ),
         ("up",),
     ),
@@ -111,6 +116,8 @@ FEED_FORWARD: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
             "layer_2",
             "ffn_output",
             "w_out",
+            "dense_?2",
+            "output_linear",
         ),
         ("down",),
     ),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from graftune.anatomy import table
+from graftune.anatomy.drafts import BlockView, Draft
 from graftune.anatomy.modules import leaf, parent, within
 from graftune.anatomy.parts import Order
-from graftune.anatomy.spans import BlockView, Draft
 
 
 def find_order(view: BlockView, drafts: list[Draft], outer: list[str]) -> Order:
@@ -17,7 +17,7 @@ def find_order(view: BlockView, drafts: list[Draft], outer: list[str]) -> Order:
     """
     known = table.ORDERS.get(view.model_type)
     if known is not None:
-        return known if isinstance(known, str) else known(view.config)
+        return known(view.config) if callable(known) else known
     if any(_is_beside_output(norm, drafts) for norm in outer):
         return "post"
     if len(drafts) > 1 and len(outer) >= 2 * len(drafts):

@@ -27,11 +27,65 @@ ORDERS: dict[str, Order | Callable[[Any], Order]] = {
 }
 """Where norms sit, for types whose names and counts of norms mislead or don't say."""
 
-INTERLEAVED: dict[str, tuple[Role, ...]] = {
-    "bloom": ("query", "key", "value"),
-    "gpt_neox": ("query", "key", "value"),
+Cell = tuple[tuple[Role, int], ...]
+"""Roles with their relative sizes, in the order in which a fused module repeats them."""
+Layout = tuple[int, Cell]
+"""How often a cell is repeated, and the cell."""
+Get = Callable[..., int]
+"""Looks a setting up by its names in a module, its config or the model's."""
+
+_QKV: Cell = (("query", 1), ("key", 1), ("value", 1))
+
+
+def _by_head(get: Get) -> Layout:
+    return get("num_heads", "num_attention_heads", "n_head"), _QKV
+
+
+def _falcon(get: Get) -> Layout | None:
+    heads, groups = get("num_heads"), get("num_kv_heads")
+    if get("new_decoder_architecture"):
+        return groups, (("query", heads // groups), ("key", 1), ("value", 1))
+    return None if get("multi_query") else _by_head(get)
+
+
+def _bigcode(get: Get) -> Layout | None:
+    return None if get("multi_query") else _by_head(get)
+
+
+def _codegen(get: Get) -> Layout:
+    return 4, (("query", 1), ("value", 1), ("key", 1))
+
+
+def _latent(get: Get) -> Layout:
+    sizes = get("qk_nope_head_dim"), get("v_head_dim")
+    return get("num_heads", "num_attention_heads"), (("key", sizes[0]), ("value", sizes[1]))
+
+
+LAYOUTS: dict[str, Callable[[Get], Layout | None]] = {
+    "bloom": _by_head,
+    "codegen": _codegen,
+    "deberta": _by_head,
+    "falcon": _falcon,
+    "fuyu": _by_head,
+    "gpt_bigcode": _bigcode,
+    "gpt_neox": _by_head,
+    "gpt_neox_japanese": _by_head,
+    "kv_b_proj": _latent,
+    "minimax": _by_head,
+    "persimmon": _by_head,
 }
-"""Types whose fused attention orders its rows head by head, with the order within a head."""
+"""Fused attentions (by model type or module name) that repeat their roles; others are in runs."""
+
+NAMES: dict[str, dict[str, tuple[Role, ...]]] = {
+    "deberta": {"in_proj": ("query", "key", "value")},
+}
+"""Names of attention inputs that mean something else in other types (`in_proj` in Mamba)."""
+
+UP_FIRST = frozenset({"moonshine", "moonshine_streaming"})
+"""Types whose fused feed-forward has the half without activation first."""
+
+EVERY_OTHER_ROW = frozenset({"gpt_oss", "openai_privacy_filter"})
+"""Types whose fused experts alternate gate and up, row by row."""
 
 ADDS_RESIDUAL = frozenset({"bloom"})
 """Types whose attention and feed-forward modules take the residual and add it themselves."""

@@ -91,8 +91,9 @@ class _Chosen:
 def _first(parts: list[Projection]) -> Role:
     """Returns the role a whole module goes by: "query" or "up" where it holds that."""
     roles: list[Role] = [part.role for part in parts]
-    leading: tuple[Role, ...] = ("query", "up")
-    return next((role for role in leading if role in roles), roles[0])
+    if "query" in roles:
+        return "query"
+    return "up" if "up" in roles else roles[0]
 
 
 def resolve(
