@@ -45,10 +45,33 @@ def test_each_command_is_one_that_is_run_here(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("graftune")])
-def test_each_graftune_command_runs(command: str, tmp_path: Path) -> None:
-    result = _run(command, tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+def test_each_graftune_command_has_the_options_it_is_shown_with(
+    command: str, tmp_path: Path
+) -> None:
+    name, *words = command.split()[1:]
+    shown = _run(f"graftune {name} --help", tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    for option in [word for word in words if word.startswith("--")]:
+        assert re.search(rf"{option}\b", shown.stdout), option
+
+
+@pytest.mark.slow
+def test_the_graftune_commands_run_one_after_the_other(tmp_path: Path) -> None:
+    write_mail(tmp_path / "mail.csv")
+    for command in [c for c in COMMANDS if c.startswith("graftune")]:
+        result = _run(command, tmp_path)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        assert result.stdout.strip(), command
+
+
+def write_mail(path: Path) -> None:
+    """Writes the rows that the README's `mail.csv` stands for."""
+    things = ["lamp", "chair", "kettle", "radio", "clock", "fan", "mirror", "scale", "torch", "mug"]
+    lines = ["text,label"]
+    for thing in things:
+        lines += [f"Where is my {thing}?,parcel", f"My {thing} has not arrived yet,parcel"]
+        lines += [f"Money back for the {thing} please,refund", f"Refund my {thing},refund"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("target", ["demo", "demo-chat"])
