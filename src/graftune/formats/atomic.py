@@ -25,7 +25,12 @@ from typing import TypeVar
 from graftune.errors import FormatError
 
 LOCK_TIMEOUT_S = 60.0
-OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "graftune.json")
+OWN_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "graftune.json",
+)
 CARD = "README.md"
 
 _AT_FDCWD = -100

@@ -15,7 +15,9 @@ _PROBES = 4
 _PROBED_VALUES = 64
 
 
-def fingerprint(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, skip: Iterable[str] = (), *, changed: bool = False
+) -> dict[str, Any]:
     """Returns class, name, sizes and a cheap checksum of a model's weights.
 
     The checksum reads the first values of the first matrix and of a few others spread over the
@@ -23,6 +25,7 @@ def fingerprint(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Any]:
 
     Args:
         skip: names of modules whose values belong to adapters (newly initialised heads).
+        changed: the weights aren't the base's own any more, so that no checksum of them is told.
     """
     config = getattr(model, "config", None)
     sizes = {key: getattr(config, key, None) for key in _SIZES}
@@ -30,7 +33,7 @@ def fingerprint(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Any]:
         "class": type(model).__name__,
         "name": base_name(model),
         "sizes": {key: value for key, value in sizes.items() if isinstance(value, int | str)},
-        "weights": _checksum(model, tuple(skip)),
+        "weights": None if changed else _checksum(model, tuple(skip)),
     }
 
 
@@ -56,7 +59,10 @@ def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[st
                 f"{where} was made for {theirs} with {key} {value}; this model is {ours} with "
                 f"{key} {other}."
             )
-    if None not in (saved.get("weights"), found["weights"]) and saved["weights"] != found["weights"]:
+    if (
+        None not in (saved.get("weights"), found["weights"])
+        and saved["weights"] != found["weights"]
+    ):
         raise BaseMismatchError(
             f"{where} was made for {theirs} with other weights than this {ours}: the sizes agree, "
             "the values don't. Load the base model it names, or pass check_base=False if you know "
@@ -68,7 +74,7 @@ def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
     matrices = [
         tensor
         for name, tensor in model.named_parameters()
-        if tensor.ndim >= 2 and ".deltas." not in name and not _below(name, skip)
+        if tensor.ndim >= 2 and ".deltas." not in f".{name}" and not _below(name, skip)
     ]
     if not matrices or any(not t.is_floating_point() or t.is_meta for t in matrices):
         return None  # quantised or without numbers: nothing to compare

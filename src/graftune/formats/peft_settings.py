@@ -118,7 +118,9 @@ def _check_kinds(config: dict[str, Any], where: str, version: str) -> None:
             "path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
         )
     if config["bias"] not in ("none", "all", "lora_only"):
-        raise FormatError(f'{where}: "bias" is {config["bias"]!r}; expected none, all or lora_only.')
+        raise FormatError(
+            f'{where}: "bias" is {config["bias"]!r}; expected none, all or lora_only.'
+        )
     for key in ("r", "lora_alpha"):
         value = config[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -160,9 +162,9 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def saved_modules(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Returns the modules that are saved whole: their names end in one of `modules_to_save`."""
+    """Returns the modules that are saved whole: their names end, dot or not, in `modules_to_save`."""
     wanted = names(config["modules_to_save"])
-    return [name for name in modules if name and _named(name, wanted)]
+    return [name for name in modules if wanted and name.endswith(wanted)]
 
 
 def _is_target(config: Mapping[str, Any], name: str) -> bool:
