@@ -45,6 +45,8 @@ def _attention(view: BlockView, core: str, inputs: Inputs) -> Draft:
     if output:
         draft.projections.append(Projection("output", output))
     have = {projection.role for projection in draft.projections}
+    if getattr(view.tree.modules[core], "is_kv_shared_layer", False):
+        have |= {"key", "value"}
     lacking = [role for role in (*names.QKV, "output") if role not in have]
     draft.missing += [f"{core}: no {role} projection found" for role in lacking]
     return draft

@@ -77,7 +77,7 @@ FEED_FORWARD: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
         _words("gate_up_proj", "gate_and_up_proj", "Wi", "up_gate_proj", "input_linear"),
         ("gate", "up"),
     ),
-    (_words("gate_proj", "wi_0", "gate_linear", "gate"), ("gate",)),
+    (_words("gate_proj", "wi_0", "gate_linear", "gate", "proj_up_gate"), ("gate",)),
     (
         _words(
             "(up|fc)_proj",
@@ -96,6 +96,7 @@ FEED_FORWARD: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
             "ffn",
             "w_in",
             "dense_?1",
+            "proj_up",
         ),
         ("up",),
     ),
@@ -117,6 +118,7 @@ FEED_FORWARD: tuple[tuple[re.Pattern[str], tuple[Role, ...]], ...] = (
             "ffn_output",
             "w_out",
             "dense_?2",
+            "proj_down",
             "output_linear",
         ),
         ("down",),

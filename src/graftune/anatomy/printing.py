@@ -40,6 +40,8 @@ def _stack(stack: Stack) -> list[str]:
         )
         lines.append(f"  {numbers}: width {first.width}, {first.order}-norm")
         lines += [f"    {_span(span, first)}" for span in first.spans]
+        if not any(span.kind == "attention" for span in first.spans):
+            lines.append("    no attention in block")
     return lines
 
 
