@@ -1,0 +1,111 @@
+"""Runs the benchmarks named, or all, and prints one table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from benchmarks.measure import ROOT, ROUNDS, Row, single_thread
+
+NAMES = ("import_time", "lora_call", "lora_step", "load_100", "whole_job")
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def main() -> None:
+    options = _options()
+    os.environ.update(single_thread())
+    rows: list[Row] = []
+    began = time.monotonic()
+    for name in options.names or NAMES:
+        print(f"{name} …", flush=True)
+        module = importlib.import_module(f"benchmarks.{name}")
+        _one_thread()
+        for found in module.run(options.rounds):
+            print("  " + _line(found), flush=True)
+            rows.append(found)
+    print("\n" + table(rows))
+    print(f"\n{_machine()}; {time.monotonic() - began:.0f} s")
+    if options.json:
+        Path(options.json).write_text(json.dumps([found.to_dict() for found in rows], indent=2))
+    if options.write:
+        PAGE.write_text(page(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """Returns the results as a table in Markdown."""
+    head = ("what", "median", "least … largest", "target", "met", "remarks")
+    body = [
+        (
+            found.name,
+            f"{found.value:.2f} {found.unit}",
+            f"{found.low:.2f} … {found.high:.2f}",
+            f"≤ {found.target:g} {found.unit}",
+            "yes" if found.is_met else "no",
+            found.note,
+        )
+        for found in rows
+    ]
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    lines = [head, tuple("-" * width for width in widths), *body]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def page(rows: list[Row]) -> str:
+    """Returns docs/benchmarks.md."""
+    return f"""# Benchmarks
+
+What graftune costs beside HF PEFT, as `make bench` (`python -m benchmarks --write`) measured it:
+CPU seconds of one thread, user and system; both sides take turns within each round; a ratio is the
+median over rounds. Below 1 is less than PEFT.
+
+{table(rows)}
+
+Measured on {time.strftime("%Y-%m-%d")}: {_machine()}.
+"""
+
+
+def _line(found: Row) -> str:
+    spread = f"[{found.low:.2f} … {found.high:.2f}]"
+    mark = "met" if found.is_met else "MISSED"
+    target = f"target ≤ {found.target:g}: {mark}"
+    return f"{found.name}: {found.value:.2f} {found.unit} {spread}, {target}; {found.note}"
+
+
+def _machine() -> str:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    python = f"Python {platform.python_version()}"
+    return f"{python}, {versions}, {os.cpu_count()} CPUs ({platform.machine()}), one thread"
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at least one; more is surer")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in NAMES:
+            parser.error(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()
