@@ -35,6 +35,7 @@ class LowRank(LinearDelta):
         self.register_parameter("bias", nn.Parameter(B.new_zeros(B.shape[0])) if bias else None)
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
+        self.register_buffer("index", None, persistent=False)
         self.scale, self.dropout = scale, dropout
         self.rank = A.shape[0]
 
@@ -119,7 +120,7 @@ class Magnitude(LowRank):
     """
 
     m: nn.Parameter
-    index: Tensor | None = None
+    index: Tensor | None
     """The host's output features that this delta has, where not all."""
 
     def set_magnitude(self, weight: Tensor) -> None:
@@ -222,6 +223,19 @@ class TokenRows(LinearDelta):
     def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
         """See `Delta.merged`; the weight is (dim, vocabulary)."""
         return weight.index_copy(1, self.ids, self.rows.t().to(weight.dtype))
+
+
+class TokenTwin(LinearDelta):
+    """An embedding tied to one with `TokenRows`: it has the same new rows."""
+
+    def __init__(self, rows: TokenRows) -> None:
+        super().__init__()
+        self.source = (rows,)
+        self.follows = True
+
+    def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        """See `LinearDelta.forward`."""
+        return self.source[0](x, y, host)
 
 
 class TokenColumns(LinearDelta):
