@@ -11,6 +11,8 @@ from graftune.anatomy import Projection, anatomy, resolve
 from graftune.errors import AnatomyError
 from tests.families import FAMILIES
 
+FEED_FORWARD = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
 
 def found(name: str, targets: Any, **more: Any) -> tuple[Projection, ...]:
     model = FAMILIES[name].build(meta=True)
@@ -29,11 +31,11 @@ def paths(projections: tuple[Projection, ...], block: str = "") -> list[str]:
         ("attention", [f"self_attn.{x}_proj" for x in "qkvo"]),
         ("self-attention", [f"self_attn.{x}_proj" for x in "qkvo"]),
         ("output", ["self_attn.o_proj"]),
-        ("ffn", ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+        ("ffn", FEED_FORWARD),
         ("down", ["mlp.down_proj"]),
         (["key", "gate"], ["self_attn.k_proj", "mlp.gate_proj"]),
         (["down", "query"], ["self_attn.q_proj", "mlp.down_proj"]),
-        ("blocks", [*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+        ("blocks", [f"self_attn.{x}_proj" for x in "qkvo"] + FEED_FORWARD),
         ("q_proj", ["self_attn.q_proj"]),
         (["self_attn.q_proj", "up"], ["self_attn.q_proj", "mlp.up_proj"]),
         (r".*layers\.\d\.self_attn\.[qk]_proj", ["self_attn.q_proj", "self_attn.k_proj"]),

@@ -57,7 +57,7 @@ def test_a_model_without_biases_is_refused(name: str) -> None:
 
 def test_a_subset_that_matches_nothing_names_the_nearest() -> None:
     found = anatomy(FAMILIES["bert"].build(meta=True))
-    with pytest.raises(AnatomyError, match='match none of this bert.*Did you mean "no-norm"'):
+    with pytest.raises(AnatomyError, match=r'match none of this bert.*Did you mean "no-norm"'):
         resolve_biases(found, "no-norms")
     with pytest.raises(AnatomyError, match="isn't a regular expression"):
         resolve_biases(found, "(")
