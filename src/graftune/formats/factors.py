@@ -221,7 +221,7 @@ def _fill(
         assert factors.magnitude is not None
         delta.m = nn.Parameter(factors.magnitude.reshape(-1).to(**options, copy=True))
         if part is not None:
-            delta.register_buffer("index", part.index.to(delta.m.device), persistent=False)
+            delta.index = part.index.to(delta.m.device)
 
 
 def _plain(delta: nn.Module) -> tuple[Tensor, Tensor]:

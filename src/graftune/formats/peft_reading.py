@@ -56,8 +56,20 @@ class Reading:
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors by the names that modules have in the model."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    """Returns tensors by the names that modules have in the model.
+
+    With `bias` other than "none" PEFT also writes its own copies of a saved module's bias; those
+    are left out.
+    """
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if not _is_copy(name, named)}
+
+
+def _is_copy(name: str, named: Mapping[str, Tensor]) -> bool:
+    for mark in (".original_module.", ".modules_to_save.default.", ".modules_to_save."):
+        if mark in name:
+            return name.replace(mark, ".") in named
+    return False
 
 
 def method_of(config: Mapping[str, Any], heads: Sequence[str], modules: Sequence[str]) -> LoRA:

@@ -89,6 +89,8 @@ def task_type(model: nn.Module, heads: Sequence[str]) -> str | None:
         "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     }
     task = next((task for end, task in ends.items() if name.endswith(end)), None)
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return None  # PEFT's classes for tasks pass token ids
     if task == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
         return None
     if task in TASK_HEADS:
@@ -210,7 +212,7 @@ def _alpha(method: LoRA, factors: Factors) -> float:
 
 
 def _whole_number(value: float) -> float:
-    return int(round(value)) if abs(value - round(value)) < 1e-9 else value
+    return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
 def _fan_in_fan_out(model: nn.Module, found: Iterable[Factors]) -> bool:
