@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import graftune
+from graftune.methods import methods
 from tests.project.pages import ROOT, blocks, commands, run_python
 
 README = ROOT / "README.md"
@@ -112,7 +112,7 @@ def test_the_python_example_is_fifteen_lines() -> None:
 
 def test_the_table_of_methods_names_methods_that_exist() -> None:
     rows = re.findall(r"^\| \[`(\w+)`\]", README.read_text("utf-8"), re.M)
-    assert {"LoRA", "BitFit", "FullFineTuning"} <= set(rows) <= set(graftune.methods())
+    assert {"LoRA", "BitFit", "FullFineTuning"} <= set(rows) <= set(methods())
 
 
 def test_links_lead_to_files_that_exist() -> None:
