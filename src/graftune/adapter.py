@@ -372,7 +372,8 @@ def insert(model: nn.Module, active: Active, name: str, grafts: Iterable[Graft])
             site._modules[name] = graft.delta
             continue
         tensor = host._parameters.get(place.parameter)
-        for alias in aliases.get(id(tensor), [(place.module, place.parameter)]):
+        alone = [(place.module, place.parameter)]
+        for alias in aliases.get(id(tensor), alone) if graft.delta.shared else alone:
             twin = model.get_submodule(alias[0])
             site = _site(twin, "parameters", lambda: ParameterSite(active))
             if name not in site._modules:

@@ -186,6 +186,7 @@ def _splits_tie(model: nn.Module, record: Merged, ties: list[tuple[str, str]]) -
     for name in record.names:
         for graft in state.adapters[name].grafts:
             same = (graft.place.module, graft.place.parameter) in ties
-            if same and (graft.delta.follows or isinstance(graft.delta, ParameterDelta)):
+            tied = isinstance(graft.delta, ParameterDelta) and graft.delta.shared
+            if same and (graft.delta.follows or tied):
                 return False
     return True

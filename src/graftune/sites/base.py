@@ -31,6 +31,8 @@ class Delta(nn.Module):
     """Largest rank of the change, where it is bounded."""
     follows: bool = False
     """Whether it only repeats another delta's change on a tied tensor."""
+    shared: bool = True
+    """Whether modules tied to the host's tensor see the change too (of parameter deltas)."""
 
     def changes(self, size: int) -> int:
         """Returns how many of the `size` entries of the base's tensor differ when it is applied."""
