@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from graftune.tasks.batches import collator
 from graftune.tasks.progress import Progress, history
 from graftune.tasks.result import Watcher
@@ -73,6 +75,7 @@ def fit(
         group_by_length=settings.train.group_by_length,
         callbacks=_callbacks(settings, watcher, run_dir, plan),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     found = _validated(trainer, settings) if validation else {}
     return Fitted(history(trainer.state.log_history), found)
@@ -103,12 +106,12 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "load_best_model_at_end": train.select == "best",
         "metric_for_best_model": metric,
         "greater_is_better": metric not in ("loss", "perplexity"),
-        "gradient_checkpointing": train.gradient_checkpointing,
         "bf16": train.precision == "bfloat16",
         "fp16": train.precision == "float16",
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
+        **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
     }
 
 

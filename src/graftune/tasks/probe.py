@@ -8,11 +8,9 @@ solver   L-BFGS, which finds the one optimum
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from graftune.errors import SettingsError
 from graftune.tasks import workspace
 from graftune.tasks.batches import batches_of_like_length
 from graftune.tasks.data import Loaded, load
+from graftune.tasks.linear_head import best_head
 from graftune.tasks.metrics import confusion
 from graftune.tasks.models import load_base
 from graftune.tasks.resolving import length_limit, precision
@@ -27,22 +26,7 @@ from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Ready, Task, find_task
 
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Weights of ‖W‖² / 2 beside the mean loss, strongest first."""
-_STEPS = 200
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear classifier: weight (classes, features), bias (classes)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def logits(self, vectors: Tensor) -> Tensor:
-        """Returns (rows, classes) of vectors (rows, features)."""
-        return vectors @ self.weight.T + self.bias
 
 
 def run_probe(settings: RunSettings, watcher: Watcher, overwrite: bool) -> RunResult:
@@ -79,7 +63,7 @@ def _probed(
     ready = Ready(base.model, base.tokenizer, labels, limit)
     vectors = {split: sentence_vectors(task, ready, found) for split, found in data.splits.items()}
     targets = _targets(data, labels)
-    head = best_head(vectors, targets, len(labels))
+    head = best_head(vectors, targets, len(labels), by="accuracy")
     said = {split: head.logits(found).argmax(dim=-1).numpy() for split, found in vectors.items()}
     tables = {split: confusion(targets[split].numpy(), said[split], len(labels)) for split in said}
     trained = head.weight.numel() + head.bias.numel()
@@ -122,39 +106,6 @@ def sentence_vectors(task: Task, ready: Ready, examples: Sequence[Any]) -> Tenso
         for index, mean in zip(indices, means.cpu(), strict=True):
             found[index] = mean
     return torch.stack([vector for vector in found if vector is not None])
-
-
-def best_head(vectors: Mapping[str, Tensor], targets: Mapping[str, Tensor], classes: int) -> Head:
-    """Returns the head whose penalty does best on the validation data (1e-3 without any)."""
-    train, answers = vectors["train"], targets["train"]
-    if "validation" not in vectors:
-        return fit_head(train, answers, classes, 1e-3)
-    heads = [fit_head(train, answers, classes, penalty) for penalty in PENALTIES]
-    right = [
-        int((head.logits(vectors["validation"]).argmax(-1) == targets["validation"]).sum())
-        for head in heads
-    ]
-    return heads[int(np.argmax(right))]
-
-
-def fit_head(vectors: Tensor, targets: Tensor, classes: int, penalty: float) -> Head:
-    """Returns the softmax regression that minimises mean cross-entropy + penalty · ‖W‖² / 2."""
-    weight = torch.zeros(classes, vectors.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-6
-    )
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        logits = vectors @ weight.T + bias
-        value = torch.nn.functional.cross_entropy(logits, targets)
-        value = value + penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)  # pyright: ignore[reportArgumentType]  (torch types the closure as float)
-    return Head(weight.detach(), bias.detach())
 
 
 def _targets(data: Loaded, labels: Sequence[str]) -> dict[str, Tensor]:

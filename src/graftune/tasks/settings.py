@@ -114,6 +114,8 @@ class TrainSettings(_Section):
     """What "best" means. Default: accuracy for classification, loss for instructions."""
     early_stop: Count | None = None
     """Evaluations in a row without a better metric after which the run ends."""
+    head_start: bool = True
+    """Begin with a new classification head that is fitted to the frozen base, not with noise."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; auto: bfloat16 on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False

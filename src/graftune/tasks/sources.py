@@ -89,7 +89,7 @@ def _folder(path: Path) -> dict[str, Table]:
             f'"{path}" holds {names}: expected one data file, or one named train and, if you like, '
             f"one named validation and one named test ({', '.join(readable_endings())})."
         )
-    return {split: read_table(item) for split, item in found.items()}
+    return {split: read_table(found[split]) for split in SPLIT_NAMES if split in found}
 
 
 def _split_of(stem: str) -> str | None:

@@ -105,9 +105,11 @@ class TrainingRun:
         environment = workspace.environment(self.data.report.hashes)
         workspace.write_json(run_dir / workspace.ENVIRONMENT, environment)
         reset_peak_memory()
-        ready = self._ready()
+        ready, fresh = self._ready()
         base_bytes = sum(p.numel() * p.element_size() for p in ready.model.parameters())
         encoded = self._encoded(ready)
+        if self.labels and self.settings.train.head_start:
+            self._start_head(ready, fresh, encoded)
         seed = self.settings.train.seed
         adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed)
         fitted = self._fit(ready, encoded, run_dir, resume)
@@ -118,7 +120,8 @@ class TrainingRun:
         self.watcher.on_end(result)
         return result
 
-    def _ready(self) -> Ready:
+    def _ready(self) -> tuple[Ready, tuple[str, ...]]:
+        """Returns the base, ready to train, and the names of the tensors that are new in it."""
         base = load_base(
             self.settings.base,
             self.task.model_task,
@@ -130,7 +133,16 @@ class TrainingRun:
         for note in self.task.prepare(base.tokenizer):
             self._note(note)
         limit = length_limit(self.settings, self.task, base.model, base.tokenizer)
-        return Ready(base.model, base.tokenizer, self.labels, limit)
+        return Ready(base.model, base.tokenizer, self.labels, limit), base.fresh
+
+    def _start_head(
+        self, ready: Ready, fresh: Sequence[str], encoded: Mapping[str, Encoded]
+    ) -> None:
+        from graftune.tasks.head_start import start_head
+
+        splits = {split: encoded[split].features for split in encoded if split != "test"}
+        if not start_head(ready, fresh, splits):
+            self._note("This model's head begins with random values: it isn't one new layer.")
 
     def _encoded(self, ready: Ready) -> dict[str, Encoded]:
         """Returns all splits as tokens, their lengths in the data's report."""

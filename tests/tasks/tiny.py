@@ -1,0 +1,108 @@
+"""Tiny models with real tokenizers, made in a folder in which `load_base` finds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+WORDS = [
+    *("where", "is", "my", "parcel", "money", "back", "please", "i", "want", "the", "refund"),
+    *("late", "delivery", "it", "has", "not", "come", "pay", "a", "now", "soon", "you", "can"),
+    *("user", "assistant", "system", "hello", "yes", "no", "what", "say", "good", "day"),
+]
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def mail(count: int = 60) -> list[dict[str, str]]:
+    """Distinct messages of two labels that one word tells apart."""
+    fillers = [
+        f"{a} {b} {c}"
+        for a in ("hello", "please", "good")
+        for b in ("i", "you", "now", "soon", "yes")
+        for c in ("want", "can", "day", "say")
+    ]
+    sides = (("parcel", "delivery"), ("money", "refund"))
+    return [
+        {"text": f"{fillers[i // 2 % len(fillers)]} {sides[i % 2][0]}", "label": sides[i % 2][1]}
+        for i in range(count)
+    ]
+
+
+def lessons(count: int = 24) -> list[dict[str, str]]:
+    """Distinct instructions, all answered alike."""
+    return [
+        {"instruction": f"say {a} {b}", "answer": "hello yes good day"}
+        for a in WORDS[:6]
+        for b in WORDS[6:10]
+    ][:count]
+
+
+def bert(folder: Path) -> Path:
+    """A BERT of two blocks without a classification head, so that its head is new."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    tokenizer = _tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "[PAD]", "[UNK]")
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=40, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return _saved(BertModel(config), tokenizer, folder)
+
+
+def llama(folder: Path, *, template: str | None = CHATML, positions: int = 128) -> Path:
+    """A LLaMA of two blocks with a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    specials = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = _tokenizer(specials, "<pad>", "<unk>", eos="<|im_end|>")
+    tokenizer.chat_template = template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=positions,
+        pad_token_id=0, bos_token_id=None, eos_token_id=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return _saved(LlamaForCausalLM(config), tokenizer, folder)
+
+
+def _tokenizer(specials: Sequence[str], pad: str, unknown: str, eos: str | None = None) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate([*specials, "\n", "#", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    if "[CLS]" in specials:
+        inner.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=pad, unk_token=unknown, eos_token=eos,
+        additional_special_tokens=[s for s in specials if s not in (pad, unknown, eos)],
+    )  # fmt: skip
+
+
+def _saved(model: Any, tokenizer: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
