@@ -45,7 +45,7 @@ bench: $(READY)  ## measured ratios to HF PEFT
 	$(BIN)/python -m benchmarks
 
 docs: $(DOCS_READY)  ## the documentation, into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## what builds and checks left behind (.venv stays)
 	rm -rf build dist site htmlcov .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache
