@@ -91,7 +91,7 @@ def result(name: str = "LoRA", right: float = 0.92, **changes: Any) -> RunResult
 def predictions(table: list[list[int]], labels: list[str]) -> list[dict[str, Any]]:
     """Rows of a test set that give `table`."""
     return [
-        {"text": f"message {k} of {label}", "label": label, "predicted": labels[j]}
+        {"text": f"message {k} of {label}", "true": label, "label": labels[j]}
         for i, label in enumerate(labels)
         for j, count in enumerate(table[i])
         for k in range(count)

@@ -36,7 +36,10 @@ def load_base_of(folder: Path, base: str | None) -> Base:
         raise FormatError(f'"{folder}" names no base model; say which with --base.')
     task = _OURS.get(str(ours.get("task"))) or _TASKS.get(str(config.get("task_type")))
     labels = ours.get("labels") or _labels(folder, task)
-    return load_base(str(spec), task or "causal-lm", labels=labels)
+    loaded = load_base(str(spec), task or "causal-lm", labels=labels)
+    if ours.get("chat_template"):
+        loaded.tokenizer.chat_template = ours["chat_template"]
+    return loaded
 
 
 def _labels(folder: Path, task: str | None) -> list[str] | None:

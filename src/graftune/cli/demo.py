@@ -159,8 +159,13 @@ def _check_fresh(result: RunResult, out: Path, quiet: bool) -> dict[str, Any]:
     known = read_lines(Path(result.run_dir) / "predictions.test.jsonl")
     file = out / "predictions.fresh.jsonl"
     fresh = fresh_predictions(result.adapter_path, examples("helpdesk") / "test.jsonl", file)
-    same = sum(a["predicted"] == b["label"] for a, b in zip(known, fresh, strict=True))
-    return {"rows": len(known), "same": same, "predictions": str(file)}
+    pairs = list(zip(known, fresh, strict=True))
+    return {
+        "rows": len(pairs),
+        "same": sum(old["label"] == new["label"] for old, new in pairs),
+        "max_score_difference": max(abs(old["score"] - new["score"]) for old, new in pairs),
+        "predictions": str(file),
+    }
 
 
 def _show(results: list[RunResult], found: dict[str, Any], as_json: bool) -> None:
@@ -178,7 +183,8 @@ def _show(results: list[RunResult], found: dict[str, Any], as_json: bool) -> Non
         [
             ("adapter", f"{lora.adapter_path}: {words.size(lora.adapter_bytes)}, "
                         f"the base model {words.size(lora.base_bytes)}"),
-            ("new process", f"{check['same']} of {check['rows']} predictions the same"),
+            ("new process", f"{check['same']} of {check['rows']} predictions the same, "
+                            f"scores within {check['max_score_difference']:.1g}"),
             ("report", found["report"]),
             ("took", words.duration(found["seconds"])),
             ("next", f'graftune predict {lora.run_dir} "the app says my air is purple"'),

@@ -40,7 +40,7 @@ def ends_well(command: Callable[..., None]) -> Callable[..., None]:
             if error.errno == errno.EPIPE:
                 raise
             raise _end(error, _os_sentence(error), RUN_FAILED, options) from None
-        except (MemoryError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        except Exception as error:
             raise _end(error, _bug_sentence(error), RUN_FAILED, options) from None
 
     return run
@@ -67,4 +67,4 @@ def _bug_sentence(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return f"out of memory ({text}); try a smaller --batch-size or --max-length."
-    return f"{type(error).__name__}: {text} (--debug shows where)."
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)."

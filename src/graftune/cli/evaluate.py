@@ -39,7 +39,6 @@ def evaluate(
         return
     rows = [
         [words.metric_name(key), words.metric_value(key, value)]
-        for key, value in found.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        for key, value in found["metrics"].items()
     ]
-    screen.print_table(["metric", data or split], rows)
+    screen.print_table([f"{found['rows']:,} {split} rows", data or str(run)], rows)

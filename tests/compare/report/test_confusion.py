@@ -18,8 +18,8 @@ def test_scores_by_class_are_scikit_learns():
 
 def test_worst_confusions_come_first_with_their_rows():
     rows = [
-        {"text": "hello", "label": "a", "predicted": "b"},
-        {"text": "x", "label": "a", "predicted": "a"},
+        {"text": "hello", "true": "a", "label": "b"},
+        {"text": "x", "true": "a", "label": "a"},
     ]
     found = worst_confusions([[1, 3, 0], [0, 5, 1], [0, 0, 2]], ["a", "b", "c"], rows)
     assert [(one.label, one.predicted, one.count, one.support) for one in found] == [
@@ -30,7 +30,7 @@ def test_worst_confusions_come_first_with_their_rows():
 
 
 def test_long_examples_are_cut_and_pairs_are_joined():
-    row = {"text": "w" * 1000, "text_pair": "second", "label": "a", "predicted": "b"}
+    row = {"text": "w" * 1000, "text_pair": "second", "true": "a", "label": "b"}
     assert len(worst_confusions([[0, 1], [0, 0]], ["a", "b"], [row])[0].examples[0]) == 240
     row["text"] = "first"
     assert "second" in worst_confusions([[0, 1], [0, 0]], ["a", "b"], [row])[0].examples[0]

@@ -94,7 +94,7 @@ def test_nasty_labels_and_texts_are_escaped():
         "{{ 7*7 }}&amp;",
     ]
     run = result(labels=nasty, confusion=confusion(0.5, nasty), name="<i>mine</i>").to_dict()
-    run["predictions"] = [{"text": "<b onclick='x'>", "label": nasty[0], "predicted": nasty[1]}]
+    run["predictions"] = [{"text": "<b onclick='x'>", "true": nasty[0], "label": nasty[1]}]
     run["notes"] = ["<u>note</u>"]
     reader = check(render_report([run, run]))
     tags = [tag for tag, _ in reader.tags]

@@ -92,7 +92,7 @@ def worst_confusions(
     Args:
         matrix: Counts, rows true and columns predicted.
         labels: The classes' names.
-        predictions: Rows with "text" (maybe "text_pair"), "label" (true) and "predicted".
+        predictions: Rows with "text" (maybe "text_pair"), "true" and "label" (the answer).
     """
     pairs = [
         (count, i, j)
@@ -115,9 +115,7 @@ def worst_confusions(
 
 def _examples(rows: Sequence[Mapping[str, Any]], label: str, predicted: str) -> tuple[str, ...]:
     found = [
-        row
-        for row in rows
-        if str(row.get("label")) == label and str(row.get("predicted")) == predicted
+        row for row in rows if str(row.get("true")) == label and str(row.get("label")) == predicted
     ]
     return tuple(_shorten(row) for row in found[:MOST_EXAMPLES])
 

@@ -266,11 +266,16 @@ def _samples(run: Run) -> list[Sample]:
     rows = [row for row in run.get("predictions") or () if row.get("answer") is not None]
     return [
         Sample(
-            words.plain(row.get("instruction") or row.get("prompt") or row.get("text")),
+            _question(row),
             [(name, str(row[key])) for key, name in _ANSWERS if row.get(key)],
         )
         for row in rows[:MOST_SAMPLES]
     ]
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    asked = [turn for turn in row.get("messages") or () if turn.get("role") == "user"]
+    return str(asked[-1]["content"]) if asked else str(row.get("instruction") or "")
 
 
 def _parameters(run: Run) -> Rows:
