@@ -248,6 +248,7 @@ def attach_planned(
     state.adapters[name] = adapter
     insert(model, state.active, name, grafts)
     _set_active(state, name)
+    state.tell_transformers()
     return adapter
 
 

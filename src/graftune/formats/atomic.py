@@ -40,14 +40,14 @@ _Read = TypeVar("_Read")
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[Path]:
+def replacing(path: Path, *, timeout_s: float | None = None) -> Iterator[Path]:
     """Yields an empty folder that becomes `path` when the block ends without an exception.
 
     What lies in an existing `path` and isn't an adapter's own file is kept (linked, not copied).
 
     Raises:
         FormatError: `path` can't be written (full disk, no permission, not a directory), or
-            another process goes on writing it for `timeout_s` seconds. `path` is unchanged then.
+            another process goes on writing it for `timeout_s` (LOCK_TIMEOUT_S) seconds. `path` is unchanged then.
     """
     target = _writable_target(path)
     with _telling_what_failed(target), locked(target, timeout_s=timeout_s):
@@ -91,7 +91,7 @@ def read_whole(path: Path, read: Callable[[Path], _Read]) -> _Read:
 
 
 @contextlib.contextmanager
-def locked(target: Path, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+def locked(target: Path, *, timeout_s: float | None = None) -> Iterator[None]:
     """Holds the lock of `target`: one writer at a time, over processes and threads.
 
     Raises:
@@ -100,7 +100,7 @@ def locked(target: Path, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]
     import fcntl  # POSIX only
 
     lock = _beside(target, "lock")
-    until = time.monotonic() + timeout_s
+    until = time.monotonic() + (LOCK_TIMEOUT_S if timeout_s is None else timeout_s)
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:

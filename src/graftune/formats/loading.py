@@ -124,6 +124,7 @@ def _load_lora(
         slices=_slices(found.own or {}),
         own=found.own is not None,
         heads=saved,
+        values=None if found.own is None else found.own.get("values", {}),
     )
 
     def plan(parts: Anatomy) -> tuple[list[Graft], tuple[str, ...]]:

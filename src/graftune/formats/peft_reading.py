@@ -53,6 +53,8 @@ class Reading:
     """Whether graftune wrote it."""
     heads: tuple[str, ...]
     """Modules saved whole."""
+    values: Mapping[str, bool] | None = None
+    """Of our own directories: the adapter's own values, and whether tied modules follow them."""
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,10 +132,15 @@ def grafts(reading: Reading, anatomy: Anatomy) -> list[Graft]:
     found = [graft for place in places for graft in plan.low_rank(*place)]
     for module, ids in plan.tokens.items():
         found += _token_rows(reading, anatomy, module, ids)
-    return found + [
+    values = [
         own_value(reading.model, name, empty=True, adds=not is_below(name, reading.heads))
         for name in plan.values
     ]
+    for value in values:
+        # PEFT saves a copy of a module: what is tied to the original's tensors doesn't follow.
+        in_head = is_below(value.place.module, reading.heads)
+        value.delta.shared = (reading.values or {}).get(value.place.key, not in_head)
+    return found + values
 
 
 class _Plan:
@@ -219,6 +226,10 @@ class _Plan:
         if parameter != "weight":
             return self._names_in_experts(module, parameter, tensor, host, r)
         kind = hosts.kind_of(host)
+        if kind == "linear" and not (hosts.is_transposed(host) or hasattr(host, "in_features")):
+            raise FormatError(
+                f"{reading.where}: LoRA on {name}, of a {type(host).__name__}, isn't supported."
+            )
         fan_in, out = hosts.features(host)
         taps = tuple(getattr(host, "kernel_size", ()))
         ones = (1,) * len(taps)
@@ -259,6 +270,8 @@ class _Plan:
         """Names that must be in the file beside the low-rank tensors."""
         reading, config, model = self.reading, self.reading.config, self.reading.model
         names = {f"{m}.token_adapter.trainable_tokens_delta" for m in self.tokens}
+        if reading.values is not None:
+            return names | {self._file_name(name) for name in reading.values}
         names |= {
             f"{head}.{name}"
             for head in reading.heads
@@ -291,7 +304,9 @@ class _Plan:
             if base is None or wrapped != (module in self.modules):
                 continue
             own = f"{module}.{parameter}" if module else parameter
-            if is_below(own, reading.heads):
+            if reading.values is not None:
+                found += [own] if own in reading.values else []
+            elif is_below(own, reading.heads):
                 found.append(own)
             elif reading.config["bias"] != "none" and "bias" in own:
                 found.append(own)
@@ -301,7 +316,7 @@ class _Plan:
         return found
 
     def _same_as_base(self) -> set[str]:
-        """Returns names of tensors in the file that the base has alike: embeddings, buffers."""
+        """Returns names of tensors that add nothing: the base's embeddings, a head's other names."""
         reading, found = self.reading, set[str]()
         embeddings = _embedding_paths(reading.model)
         for name, tensor in reading.tensors.items():
@@ -314,7 +329,8 @@ class _Plan:
             base = host._parameters.get(parameter) if module in embeddings else None
             if base is None and is_below(module, reading.heads):
                 base = host._buffers.get(parameter)
-            if base is not None and _same(base, tensor):
+            repeated = reading.values is not None and is_below(module, reading.heads)
+            if repeated or (base is not None and _same(base, tensor)):
                 found.add(name)
         return found
 

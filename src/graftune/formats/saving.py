@@ -20,6 +20,7 @@ from graftune.formats.factors import Slice, slices
 from graftune.formats.peft_reading import PREFIX
 from graftune.formats.tensors import listed, write_tensors
 from graftune.methods.lora import LoRA
+from graftune.sites.parameter import OwnValue
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -93,6 +94,11 @@ def own_config(adapter: Adapter) -> dict[str, Any]:
         "graftune_version": graftune.__version__,
         "method": adapter.method.to_dict(),
         "heads": list(adapter.head_names),
+        "values": {
+            graft.place.key: graft.delta.shared
+            for graft in adapter.grafts
+            if isinstance(graft.delta, OwnValue)
+        },
         "slices": _grouped(slices(adapter.grafts)),
         "base": fingerprint(adapter.model, skip=adapter.head_names, changed=_changed(adapter)),
         "parameters": adapter.count(),
