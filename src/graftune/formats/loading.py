@@ -60,7 +60,7 @@ def load(
             return _load_lora(model, found, tensors, where, name or default_name(path))
         return _load_own(model, found, tensors, where, name or default_name(path))
     except SettingsError as error:
-        raise FormatError(f"{where}: {error} ({_version(found)})") from error
+        raise FormatError(f"{where}, {_version(found)}: {error}") from error
 
 
 def default_name(path: str | Path) -> str:
