@@ -10,7 +10,22 @@ found by the name that their class is registered under.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftune import anatomy as anatomy
+    from graftune import methods as methods
+    from graftune.adapter import Adapter, activate, adapters, attach, detach, state_of, using
+    from graftune.anatomy import Anatomy, resolve
+    from graftune.composition import Rows, Stack
+    from graftune.counting import summary
+    from graftune.formats import inspect, load
+    from graftune.merging import merge, unmerge
+    from graftune.methods.base import register
+    from graftune.methods.bitfit import BitFit
+    from graftune.methods.full import FullFineTuning
+    from graftune.methods.lora import LoRA
+    from graftune.training import Trainer
 
 __version__ = "0.1.0"
 
@@ -36,12 +51,12 @@ _HOMES = {
 }
 _METHODS = ("BitFit", "FullFineTuning", "LoRA")
 
-__all__ = sorted([*_HOMES, *_METHODS, "anatomy"])
+__all__ = sorted([*_HOMES, *_METHODS, "anatomy", "methods"])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "anatomy":  # the package can be called as the function it is named after
-        return importlib.import_module("graftune.anatomy")
+    if name in ("anatomy", "methods"):  # packages that can be called as what they are named after
+        return importlib.import_module(f"graftune.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"graftune.{_HOMES[name]}"), name)
     if not name.startswith("_") and name[:1].isupper():

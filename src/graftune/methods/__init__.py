@@ -2,6 +2,8 @@
 
 A file in this package registers its method by the class decorator `register`; another package's
 does so through the entry point group "graftune.methods". No list names them.
+
+The package can be called: `graftune.methods()` is `graftune.methods.methods()`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,3 +34,14 @@ def methods() -> dict[str, type[Method]]:
 
     _import_all()
     return registered()
+
+
+class _Callable(ModuleType):
+    """Lets the package be called as the function it is named after."""
+
+    def __call__(self) -> dict[str, type[Method]]:
+        """Returns every method by name."""
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Callable

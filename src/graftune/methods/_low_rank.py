@@ -80,11 +80,9 @@ class LowRank(LinearDelta):
         """See `Delta.merged`: W + s * B A."""
         return weight + self.weight_change().to(weight.dtype)
 
-    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """Returns the host's bias with the change's own in it."""
-        if self.bias is None or bias is None:
-            return bias
-        return bias + (self.scale * self.bias).to(bias.dtype)
+    def bias_change(self) -> Tensor | None:
+        """See `LinearDelta.bias_change`."""
+        return None if self.bias is None else self.scale * self.bias
 
 
 class LowRankEmbedding(LowRank):

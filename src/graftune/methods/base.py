@@ -81,6 +81,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """Returns how many parameters it trains, without the head: the paper's formula."""
+        raise NotImplementedError
+
     def penalty(self, adapter: Any) -> Tensor | None:
         """Returns what training adds to the loss, a scalar, or None."""
         return None
@@ -194,9 +198,11 @@ def find(name: str) -> type[Method]:
 
 
 def _frozen(value: Any) -> Any:
-    """Returns lists and sets as tuples, the form in which settings are kept."""
+    """Returns lists and sets as tuples, in mappings too: the form in which settings are kept."""
     if isinstance(value, list | tuple):
         return tuple(_frozen(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else value
 
 

@@ -63,6 +63,17 @@ class BitFit(Method):
             ) from error
         return [own_value(model, name, empty=empty) for name in names] + missing
 
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: the widths of the biases."""
+        try:
+            names = resolve_biases(anatomy, self.subset, self.layers)
+        except AnatomyError:
+            names = ()
+        present = sum(model.get_parameter(name).shape[0] for name in names)
+        missing = self._missing(model, anatomy) if self.add_missing else []
+        widths = (hosts.features(model.get_submodule(g.place.module))[1] for g in missing)
+        return present + sum(widths)
+
     def _missing(self, model: nn.Module, anatomy: Anatomy) -> list[Graft]:
         grafts: list[Graft] = []
         for module in dict.fromkeys(p.module for p in resolve(model, anatomy, "blocks", self.layers)):

@@ -17,7 +17,7 @@ from torch import nn
 from graftune.anatomy import Anatomy
 from graftune.methods.base import Method, register
 from graftune.sites.base import Graft
-from graftune.sites.parameter import own_value
+from graftune.sites.parameter import base_parameters, own_value
 
 
 @register
@@ -45,4 +45,8 @@ class FullFineTuning(Method):
         """Returns a copy of every parameter with `keep_base`; in place there is nothing to graft."""
         if not self.keep_base:
             return []
-        return [own_value(model, name, empty=empty) for name, _ in model.named_parameters()]
+        return [own_value(model, name, empty=empty) for name in base_parameters(model)]
+
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: all of the model, its head included."""
+        return sum(parameter.numel() for parameter in base_parameters(model).values())

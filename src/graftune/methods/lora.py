@@ -111,7 +111,7 @@ class LoRA(Method):
         if isinstance(tokens, tuple):
             tokens = {anatomy.input_embeddings[0]: tokens}
         for module, ids in (tokens or {}).items():
-            grafts += _token_grafts(model, anatomy, module, ids)
+            grafts += token_grafts(model, anatomy, module, ids)
         return grafts + self._biases(model, anatomy, chosen, empty)
 
     def _biases(
@@ -123,6 +123,30 @@ class LoRA(Method):
         names = own if self.bias == "lora_only" else list(resolve_biases(anatomy))
         present = dict(model.named_parameters())
         return [own_value(model, n, empty=empty) for n in dict.fromkeys(names) if n in present]
+
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: r * (in + out) per matrix, of which an expert has its own.
+
+        DoRA and `lora_bias` add out each, a trained token the width of its row, a bias its own.
+        """
+        total = 0
+        for part in (chosen := resolve(model, anatomy, self.targets, self.layers, self.exclude)):
+            host, r = model.get_submodule(part.module), self.rank_of(_name(part))
+            if part.parameter != "weight":
+                experts, out, fan_in = getattr(host, part.parameter).shape
+                out = _height(part, out) if part.rows else out
+                total += experts * r * (fan_in + out)
+                continue
+            fan_in, out = hosts.features(host)
+            out = _height(part, out)
+            taps = math.prod(getattr(host, "kernel_size", ()))
+            total += r * (fan_in * taps + out) + (self.dora + self.lora_bias) * out
+        tokens = self.trainable_tokens or ()
+        lists = {anatomy.input_embeddings[0]: tokens} if isinstance(tokens, tuple) else tokens
+        for module, ids in lists.items():
+            width = next(m for n, m in model.named_modules() if n.endswith(module)).weight.shape[1]
+            total += len(ids) * int(width)
+        return total + sum(g.delta.value.numel() for g in self._biases(model, anatomy, chosen, True))  # type: ignore[union-attr]
 
     def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
         """Returns LoRA+'s two groups: B (and an embedding's A) learns `lr_ratio` times faster."""
@@ -141,7 +165,7 @@ class LoRA(Method):
     def _check_patterns(self, chosen: tuple[Projection, ...]) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field) or {}:
-                if not any(_matches(pattern, p.path) for p in chosen):
+                if not any(_matches(pattern, _name(p)) for p in chosen):
                     raise SettingsError(
                         f'LoRA: {field} names "{pattern}", which ends none of the '
                         f"{len(chosen)} targets' names, such as {chosen[0].module}."
@@ -149,12 +173,11 @@ class LoRA(Method):
 
     def _graft(self, model: nn.Module, projection: Projection, empty: bool) -> Graft:
         host = model.get_submodule(projection.module)
-        r, scale = self.rank_of(projection.path), self.scale(projection.path)
+        r, scale = self.rank_of(_name(projection)), self.scale(_name(projection))
         if projection.parameter != "weight":
             return self._experts(host, projection, r, scale, empty)
         fan_in, out = hosts.features(host)
-        if projection.rows is not None:
-            out = sum(stop - start for start, stop in projection.rows)
+        out = _height(projection, out)
         taps = int(math.prod(getattr(host, "kernel_size", ())))
         self._check_rank(projection.module, r, fan_in * taps, out, empty)
         delta = self._delta(host, projection, r, scale, empty)
@@ -174,8 +197,7 @@ class LoRA(Method):
         kind = hosts.kind_of(host)
         options = hosts.delta_options(host)
         fan_in, out = hosts.features(host)
-        if projection.rows is not None:
-            out = sum(stop - start for start, stop in projection.rows)
+        out = _height(projection, out)
         taps = tuple(getattr(host, "kernel_size", ()))
         if getattr(host, "groups", 1) != 1:
             raise SettingsError(f"LoRA: {projection.module} is a grouped convolution, not supported.")
@@ -215,7 +237,7 @@ class LoRA(Method):
                 raise SettingsError(
                     f'LoRA: init "{self.init}" needs a linear map, {projection.module} is a {kind}.'
                 )
-            _from_weight(self.init, delta, _rows_of(hosts.read(host), projection))
+            start_from_weight(self.init, delta, _rows_of(hosts.read(host), projection))
         if isinstance(delta, low_rank.Magnitude):
             delta.set_magnitude(_rows_of(hosts.read(host), projection))
 
@@ -258,6 +280,15 @@ _DORA_KINDS: dict[str, type[low_rank.LowRank]] = {
 }
 
 
+def _height(projection: Projection, out: int) -> int:
+    return out if projection.rows is None else sum(b - a for a, b in projection.rows)
+
+
+def _name(projection: Projection) -> str:
+    """Returns what patterns are held against: the module, or an expert tensor's own name."""
+    return projection.module if projection.parameter == "weight" else projection.path
+
+
 def _matches(pattern: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
@@ -279,7 +310,7 @@ def _rows_of(weight: Tensor, projection: Projection) -> Tensor:
     return weight if index is None else weight[index]
 
 
-def _from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> None:
+def start_from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> None:
     """Starts A and B from W, `(out, in)`: its top singular directions, or its first QR columns."""
     r, scale = delta.A.shape[0], delta.scale
     wide = weight.float()
@@ -295,7 +326,7 @@ def _from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> None:
     delta.start_from_here()
 
 
-def _token_grafts(
+def token_grafts(
     model: nn.Module, anatomy: Anatomy, module: str, ids: tuple[int, ...]
 ) -> list[Graft]:
     matches = [n for n, _ in model.named_modules() if n == module or n.endswith(f".{module}")]
@@ -312,6 +343,10 @@ def _token_grafts(
     rows = host.weight.detach()[at].to(**options, copy=True)  # type: ignore[call-overload]
     delta = low_rank.TokenRows(at, rows)
     grafts = [Graft(LinearPlace(matches[0], "tokens"), delta)]
+    for name, module_ in model.named_modules():
+        tied = isinstance(module_, nn.Embedding) and module_.weight is host.weight
+        if tied and name != matches[0]:
+            grafts.append(Graft(LinearPlace(name, "tokens"), low_rank.TokenTwin(delta)))
     output = anatomy.output_embeddings
     if output is not None and model.get_submodule(output).weight is host.weight:
         grafts.append(Graft(LinearPlace(output, "tokens"), low_rank.TokenColumns(delta)))

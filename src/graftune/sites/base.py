@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.state import Active
 
@@ -44,12 +45,19 @@ class Delta(nn.Module):
         Args:
             weight: float32, `(out, in, ...)`, the rows of the place alone; or the parameter itself.
             host: the module it belongs to.
+
+        Raises:
+            AdapterError: if the maths doesn't allow it.
         """
-        raise NotImplementedError(f"{type(self).__name__} can't be merged.")
+        raise AdapterError(f"A {type(self).__name__} can't be merged into the base's weights.")
 
 
 class LinearDelta(Delta):
     """A delta that reads a host's input and output."""
+
+    def bias_change(self) -> Tensor | None:
+        """Returns what merging adds to the host's bias, `(out,)`, or None."""
+        return None
 
     def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         """Returns the new output.

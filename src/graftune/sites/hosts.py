@@ -5,7 +5,7 @@ A weight is always seen as `(out_features, in_features, ...)`; an embedding as `
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def read(host: nn.Module, parameter: str = "weight") -> Tensor:
     return oriented(host, value) if parameter == "weight" else value
 
 
-def delta_options(host: nn.Module, parameter: str = "weight") -> dict[str, object]:
+def delta_options(host: nn.Module, parameter: str = "weight") -> dict[str, Any]:
     """Returns device and dtype for new trainable tensors: fp32 over 16-bit and quantised hosts."""
     tensor = getattr(host, parameter, None)
     if tensor is None:

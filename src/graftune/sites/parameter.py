@@ -64,6 +64,11 @@ def own_value(
     return Graft(ParameterPlace(module, parameter), OwnValue(copy, adds=adds))
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the model's own tensors by name, each once, without those of deltas."""
+    return {n: p for n, p in model.named_parameters() if ".deltas." not in f".{n}"}
+
+
 class ParameterSite(Site):
     """Deltas on a host's own tensors: per adapter a module of deltas by tensor name."""
 

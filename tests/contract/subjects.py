@@ -1,0 +1,89 @@
+"""What the invariants are tried on: every method, one line each, on every tiny family.
+
+A later method joins the whole suite by one line in METHODS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graftune as gt
+from graftune.methods.base import Method
+from tests.families import FAMILIES, Family
+
+METHODS: dict[str, Method] = {
+    "lora": gt.LoRA(r=4, alpha=8),
+    "bitfit": gt.BitFit(add_missing=True),
+    "full": gt.FullFineTuning(keep_base=True),
+}
+"""Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
+
+REFUSALS: dict[tuple[str, str], str] = {
+    ("rows", "full"): "changes whole weights",
+}
+"""(invariant, method) that can't be, with the words of the error that says so."""
+
+CASES = [(m, f) for f in FAMILIES for m in METHODS]
+KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")
+"""Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D, GQA,
+sandwich, experts, parallel residual, encoder-decoder, vision."""
+
+
+@dataclass
+class Subject:
+    """A tiny model with its inputs, and a method's name."""
+
+    family: Family
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    method: str
+
+    @classmethod
+    def of(cls, method: str, family: str, **options: Any) -> Subject:
+        """Returns a fresh model of the family."""
+        kind = FAMILIES[family]
+        return cls(kind, kind.build(**options), kind.inputs(), method)
+
+    def attach(self, name: str = "task", seed: int = 1, noise: float = 0.05) -> gt.Adapter:
+        """Attaches the method and, with noise, moves every tensor of it off its start."""
+        adapter = gt.attach(self.model, METHODS[self.method], name, seed=seed)
+        shake(adapter, seed, noise)
+        return adapter
+
+    def output(self, inputs: dict[str, Tensor] | None = None) -> Tensor:
+        """Returns the model's logits."""
+        return logits(self.model, self.inputs if inputs is None else inputs)
+
+
+def shake(adapter: gt.Adapter, seed: int, noise: float = 0.05) -> None:
+    """Adds noise to every tensor of an adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in adapter.parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * noise)
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Returns the logits of a forward pass without gradient."""
+    with torch.no_grad():
+        return scores(model(**inputs))
+
+
+def scores(output: Any) -> Tensor:
+    """Returns what a model's output says, whatever the model."""
+    found = output.get("logits", None)
+    return output.logits_per_image if found is None else found
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns copies of the model's tensors, without those of adapters."""
+    return {n: t.clone() for n, t in model.state_dict().items() if ".deltas." not in f".{n}"}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit, in names and order too."""
+    return list(left) == list(right) and all(torch.equal(left[k], right[k]) for k in left)
