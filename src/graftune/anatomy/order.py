@@ -12,15 +12,16 @@ def find_order(view: BlockView, drafts: list[Draft], outer: list[str]) -> Order:
     """Returns the block's order: the table's, else what the norms' places and number say.
 
     A norm beside an output linear in a module of its own (BERT's `output.LayerNorm`) comes after
-    the residual sum. Twice as many norms as spans surround them; fewer are shared by parallel
-    spans.
+    the residual sum. Twice as many norms as spans surround them, and norms all called `post_`
+    (OLMo 2) end the branch before the sum; fewer norms than spans are shared by parallel spans.
     """
     known = table.ORDERS.get(view.model_type)
     if known is not None:
         return known(view.config) if callable(known) else known
     if any(_is_beside_output(norm, drafts) for norm in outer):
         return "post"
-    if len(drafts) > 1 and len(outer) >= 2 * len(drafts):
+    named_post = len(outer) == len(drafts) and all(leaf(n).startswith("post_") for n in outer)
+    if len(drafts) > 1 and (named_post or len(outer) >= 2 * len(drafts)):
         return "sandwich"
     return "parallel" if len(drafts) > 1 and len(outer) < len(drafts) else "pre"
 
@@ -36,11 +37,22 @@ def outer_norms(view: BlockView, drafts: list[Draft]) -> list[str]:
 
     A norm left out of one block only (ModernBERT's first) keeps its place as an Identity.
     """
-    return [
+    outer = [
         path
         for path in _places(view)
         if not any(_is_inner(path, draft, view, drafts) for draft in drafts)
+        and _is_on_the_way(path, drafts, view)
     ]
+    by_name = {leaf(path): path for path in outer}
+    known = next((order for order in table.RUN_ORDER if set(order) == set(by_name)), None)
+    return [by_name[name] for name in known] if known else outer
+
+
+def _is_on_the_way(norm: str, drafts: list[Draft], view: BlockView) -> bool:
+    """Whether a norm sits on the block or around a span, and not in a part beside them."""
+    home = parent(norm)
+    around = any(within(path, home) for draft in drafts for path in draft.modules)
+    return home == view.path or around or _home(norm, drafts, view) is not None
 
 
 def inner_norms(view: BlockView, draft: Draft, drafts: list[Draft]) -> tuple[str, ...]:
@@ -63,7 +75,8 @@ def _is_inner(norm: str, draft: Draft, view: BlockView, drafts: list[Draft]) -> 
     root = draft.core if draft.kind != "ffn" else draft.root
     if root == view.path or not within(norm, root):
         return False
-    return not _is_beside_output(norm, drafts)
+    closes_span = leaf(norm) in ("LayerNorm", "layer_norm")  # ALBERT adds and normalises inside
+    return not closes_span and not _is_beside_output(norm, drafts)
 
 
 def norms_of(draft: Draft, drafts: list[Draft], outer: list[str], view: BlockView) -> list[str]:
@@ -80,7 +93,9 @@ def norms_of(draft: Draft, drafts: list[Draft], outer: list[str], view: BlockVie
 def _share(free: list[str], turn: int, turns: int) -> list[str]:
     if len(free) < turns:
         return free
-    each = len(free) // turns
+    each = 2 if len(free) >= 2 * turns else 1
+    if each == 1 and turn > 0:
+        return free[turn - turns :][:1]
     return free[turn * each : (turn + 1) * each]
 
 

@@ -20,12 +20,29 @@ def _by(setting: str, yes: Order, no: Order) -> Callable[[Any], Order]:
 
 
 ORDERS: dict[str, Order | Callable[[Any], Order]] = {
-    "bart": "post",
-    "distilbert": "post",
+    **dict.fromkeys(
+        ("albert", "bart", "blenderbot-small", "distilbert", "fsmt", "funnel", "gte"), "post"
+    ),
+    **dict.fromkeys(
+        ("jina_embeddings_v3", "led", "marian", "mvp", "nomic_bert", "plbart", "prophetnet"), "post"
+    ),
+    "trocr": "post",
     "gpt_neox": _by("use_parallel_residual", "parallel", "pre"),
     "opt": _by("do_layer_norm_before", "pre", "post"),
 }
 """Where norms sit, for types whose names and counts of norms mislead or don't say."""
+
+RUN_ORDER: tuple[tuple[str, ...], ...] = (
+    (
+        "input_layernorm",
+        "post_self_attn_layernorm",
+        "post_attention_layernorm",
+        "post_mlp_layernorm",
+    ),
+    ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+    ("operator_norm", "post_operator_norm", "ffn_norm", "post_ffn_norm"),
+)
+"""Names of a block's norms in the order they run, where the block registers them in another."""
 
 Cell = tuple[tuple[Role, int], ...]
 """Roles with their relative sizes, in the order in which a fused module repeats them."""
