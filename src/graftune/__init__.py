@@ -49,9 +49,31 @@ _HOMES = {
     "unmerge": "merging",
     "using": "adapter",
 }
-_METHODS = ("BitFit", "FullFineTuning", "LoRA")
-
-__all__ = sorted([*_HOMES, *_METHODS, "anatomy", "methods"])
+__all__ = [
+    "Adapter",
+    "Anatomy",
+    "BitFit",
+    "FullFineTuning",
+    "LoRA",
+    "Rows",
+    "Stack",
+    "Trainer",
+    "activate",
+    "adapters",
+    "anatomy",
+    "attach",
+    "detach",
+    "inspect",
+    "load",
+    "merge",
+    "methods",
+    "register",
+    "resolve",
+    "state_of",
+    "summary",
+    "unmerge",
+    "using",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """An adapter's life: attach, activate, save, detach.
 
-Everything that is attached to a model hangs on one object, `model.__dict__["_graftune"]`, and on the
-sites below the hosts; `merging.py` writes changes into the weights.
+Everything that is attached to a model hangs on one object, `model.__dict__["_graftune"]`, and on
+the sites below the hosts; `merging.py` writes changes into the weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class Adapter:
     """
 
     def __init__(
-        self, name: str, method: Method, model: nn.Module, grafts: list[Graft], heads: tuple[str, ...]
+        self,
+        name: str,
+        method: Method,
+        model: nn.Module,
+        grafts: list[Graft],
+        heads: tuple[str, ...],
     ) -> None:
         self.name, self.method, self.model, self.grafts = name, method, model, grafts
         self.head_names = heads
@@ -208,9 +213,7 @@ def attach(
     """
     model = plain_model(model)
     if not isinstance(method, Method):
-        raise SettingsError(
-            f"attach takes a method such as gt.LoRA(r=8), found {method!r}."
-        )
+        raise SettingsError(f"attach takes a method such as gt.LoRA(r=8), found {method!r}.")
 
     def plan(parts: Anatomy) -> tuple[list[Graft], tuple[str, ...]]:
         with _seeded(seed):
@@ -241,7 +244,7 @@ def attach_planned(
     state: Grafts | None = model.__dict__.get(STATE)
     if state is not None:
         _check_place(state, method, name)
-    parts = state.anatomy if state is not None else anatomy(model)
+    parts = state.anatomy if state is not None else anatomy(model)  # pyright: ignore[reportArgumentType]
     grafts, heads = plan(parts)
     state = state or _install(model, parts)
     adapter = Adapter(name, method, model, grafts, heads)
@@ -440,7 +443,9 @@ def _head_grafts(
     model: nn.Module, heads: tuple[str, ...], taken: list[Graft], empty: bool
 ) -> list[Graft]:
     have = {graft.place.key for graft in taken}
-    names = [f"{h}.{n}" if h else n for h in heads for n, _ in model.get_submodule(h).named_parameters()]
+    names = [
+        f"{h}.{n}" if h else n for h in heads for n, _ in model.get_submodule(h).named_parameters()
+    ]
     names = [name for name in dict.fromkeys(names) if ".deltas." not in name and name not in have]
     return [own_value(model, name, empty=empty, adds=False) for name in names]
 
@@ -455,7 +460,12 @@ def _set_active(state: Grafts, composition: Composition) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not name or any(c in name for c in "/\\.") or name.strip() != name:
+    if (
+        not isinstance(name, str)
+        or not name
+        or any(c in name for c in "/\\.")
+        or name.strip() != name
+    ):
         raise AdapterError(
             f'An adapter\'s name is text without "/", "\\", "." or outer blanks, found {name!r}.'
         )

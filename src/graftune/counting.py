@@ -1,4 +1,4 @@
-"""What is attached to a model, counted three ways: trained, changed when applied, rank of the change."""
+"""What is attached to a model, counted three ways: trained, changed when applied, rank."""
 
 from __future__ import annotations
 

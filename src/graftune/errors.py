@@ -2,12 +2,12 @@
 
     GraftuneError
     ├── AnatomyError       a model whose parts can't be found, or a target that names none of them
-    ├── SettingsError      a method, run or file setting that is unknown or out of range   (also ValueError)
+    ├── SettingsError      a setting that is unknown or out of range (also a ValueError)
     ├── AdapterError       a name, an order of calls or a composition that can't be
     ├── FormatError        a directory or file that isn't what it should be
     │   └── BaseMismatchError   an adapter made for another base model
     ├── DataError          rows, columns or labels that can't be trained or predicted on
-    └── TrainingError      a run that can't go on (a loss that isn't finite, a checkpoint that doesn't fit)
+    └── TrainingError      a run that can't go on: a loss that isn't finite, a wrong checkpoint
 
 A message is one sentence: what was wrong, the value seen, what was expected, how to mend it.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,26 +124,26 @@ def _add(
         )
     if hosts.is_quantised(host):
         raise AdapterError(
-            f'Adapter "{adapter.name}" can\'t be merged into {place.module}: its weight is quantised; '
-            "load the base in 16 or 32 bit."
+            f'Adapter "{adapter.name}" can\'t be merged into {place.module}: its weight is '
+            "quantised; load the base in 16 or 32 bit."
         )
     now = changed.get(key)
     if isinstance(delta, ParameterDelta):
         wide = base.detach() if now is None else now
         changed[key] = delta.forward(wide, wide if now is None else base).detach().clone()
         return
-    assert isinstance(place, LinearPlace) and isinstance(delta, LinearDelta)
+    assert isinstance(place, LinearPlace)
+    assert isinstance(delta, LinearDelta)
     changed[key] = _merged_weight(host, place, delta, base if now is None else now)
-    bias = host._parameters.get("bias")
-    own = getattr(delta, "merged_bias", None)
-    if own is not None and getattr(delta, "bias", None) is not None:
-        _add_bias(adapter, place, bias, delta, changed)
+    change = delta.bias_change()
+    if change is not None:
+        _add_bias(adapter, place, host._parameters.get("bias"), change, changed)
 
 
-def _merged_weight(
-    host: nn.Module, place: LinearPlace, delta: Delta, weight: Tensor
-) -> Tensor:
-    wide = hosts.oriented(host, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+def _merged_weight(host: nn.Module, place: LinearPlace, delta: Delta, weight: Tensor) -> Tensor:
+    wide = hosts.oriented(
+        host, weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    )
     if place.rows is None:
         wide = delta.merged(wide, host)
     else:
@@ -155,15 +154,20 @@ def _merged_weight(
 
 
 def _add_bias(
-    adapter: Adapter, place: LinearPlace, bias: Tensor | None, delta: Any, changed: Any
+    adapter: Adapter,
+    place: LinearPlace,
+    bias: Tensor | None,
+    change: Tensor,
+    changed: dict[tuple[str, str], Tensor],
 ) -> None:
     if bias is None or place.rows is not None:
         raise AdapterError(
-            f'Adapter "{adapter.name}" can\'t be merged: B has a bias and {place.module} none to '
-            "write it into."
+            f'Adapter "{adapter.name}" can\'t be merged: it adds a bias, and {place.module} has '
+            "none to write it into."
         )
     key = (place.module, "bias")
-    changed[key] = delta.merged_bias(changed.get(key, bias.detach()))
+    now = changed.get(key, bias.detach())
+    changed[key] = now + change.to(now.dtype)
 
 
 def _replace(model: nn.Module, record: Merged, path: str, name: str, value: Tensor) -> None:

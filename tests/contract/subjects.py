@@ -29,8 +29,8 @@ REFUSALS: dict[tuple[str, str], str] = {
 
 CASES = [(m, f) for f in FAMILIES for m in METHODS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")
-"""Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D, GQA,
-sandwich, experts, parallel residual, encoder-decoder, vision."""
+"""Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D,
+GQA, sandwich, experts, parallel residual, encoder-decoder, vision."""
 
 
 @dataclass

@@ -28,9 +28,7 @@ from tests.contract.subjects import (
 )
 
 every_case = pytest.mark.parametrize(("method", "family"), CASES)
-some_cases = pytest.mark.parametrize(
-    ("method", "family"), [(m, f) for m, f in CASES if f in KINDS]
-)
+some_cases = pytest.mark.parametrize(("method", "family"), [(m, f) for m, f in CASES if f in KINDS])
 
 
 @pytest.fixture
@@ -120,9 +118,7 @@ def test_count_is_the_formula(subject: Subject) -> None:
     method = METHODS[subject.method]
     plain = Subject.of(subject.method, subject.family.name).model
     parts = gt.anatomy(plain)
-    head = sum(
-        p.numel() for h in parts.new_heads for p in plain.get_submodule(h).parameters()
-    )
+    head = sum(p.numel() for h in parts.new_heads for p in plain.get_submodule(h).parameters())
     whole = method.name == "FullFineTuning"
     assert adapter.count() == method.count(plain, parts) + (0 if whole else head)
     assert gt.summary(subject.model).trainable == adapter.count()
@@ -167,12 +163,18 @@ def test_padding_changes_nothing(subject: Subject, side: str) -> None:
     for row in range(2):
         kept = mask[row].bool()
         one = {
-            key: value[row : row + 1][:, kept] if value.shape == mask.shape and key in TEXT else value[row : row + 1]
+            key: value[row : row + 1][:, kept]
+            if value.shape == mask.shape and key in TEXT
+            else value[row : row + 1]
             for key, value in together.items()
         }
         alone = logits(subject.model, one)
         expected = whole[row, row] if subject.family.kind == "text-vision" else whole[row]
-        if expected.ndim == 2 and expected.shape[0] == len(kept) and subject.family.kind != "encoder-decoder":
+        if (
+            expected.ndim == 2
+            and expected.shape[0] == len(kept)
+            and subject.family.kind != "encoder-decoder"
+        ):
             expected = expected[kept]
         torch.testing.assert_close(alone.reshape(expected.shape), expected, atol=2e-5, rtol=2e-4)
 
@@ -217,7 +219,13 @@ def test_recomputation_sees_what_its_forward_saw(subject: Subject) -> None:
     subject.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     with gt.using(subject.model, "task"):
         loss = loss_of(subject)
-    got = dict(zip(plain, torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True), strict=True))
+    got = dict(
+        zip(
+            plain,
+            torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True),
+            strict=True,
+        )
+    )
     for name, gradient in got.items():
         expected = plain[name]
         gradient = torch.zeros_like(expected) if gradient is None else gradient
@@ -266,7 +274,9 @@ def test_attention_kernels_agree(subject: Subject, attention: str) -> None:
     torch.testing.assert_close(subject.output(), expected, atol=2e-5, rtol=2e-4)
 
 
-GENERATORS = [(m, f) for m, f in CASES if FAMILIES[f].generates and f in (*KINDS, "bart", "bloom", "whisper")]
+GENERATORS = [
+    (m, f) for m, f in CASES if FAMILIES[f].generates and f in (*KINDS, "bart", "bloom", "whisper")
+]
 
 
 @pytest.mark.parametrize(("method", "family"), GENERATORS)
@@ -285,11 +295,18 @@ def test_generates_with_and_without_a_cache(subject: Subject) -> None:
     assert torch.equal(generate(subject, **options), plain)
 
 
-@pytest.mark.parametrize(("method", "family"), [c for c in GENERATORS if ("rows", c[0]) not in REFUSALS])
+@pytest.mark.parametrize(
+    ("method", "family"), [c for c in GENERATORS if ("rows", c[0]) not in REFUSALS]
+)
 def test_generates_rows_with_beams(subject: Subject) -> None:
     subject.attach("a", seed=1)
     subject.attach("b", seed=2)
-    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "num_beams": 2,
+        "do_sample": False,
+    }
     with gt.using(subject.model, gt.Rows(["a", "b"])):
         mixed = generate(subject, **options)
     for row, member in enumerate(["a", "b"]):
@@ -306,7 +323,10 @@ def lacks_a_place_to_merge(subject: Subject) -> bool:
     parts = gt.state_of(subject.model).anatomy
     names = {name for name in gt.adapters(subject.model)["task"].state_dict()}
     biases = {name for name in names if name.endswith(".bias")}
-    return subject.method == "bitfit" and not biases <= {*parts.biases, *names_in_heads(parts, names)}
+    return subject.method == "bitfit" and not biases <= {
+        *parts.biases,
+        *names_in_heads(parts, names),
+    }
 
 
 def names_in_heads(parts: gt.Anatomy, names: set[str]) -> set[str]:

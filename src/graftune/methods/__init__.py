@@ -29,7 +29,7 @@ def _import_all() -> None:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Returns every method by name: this package's, other packages' and those registered by hand."""
+    """Returns every method by name: this package's, other packages', and the user's own."""
     from graftune.methods.base import registered
 
     _import_all()

@@ -61,7 +61,8 @@ class LowRank(LinearDelta):
         """Returns B A x, `(..., out)`, unscaled."""
         own = self._parameters
         A, B = own["A"], own["B"]
-        assert A is not None and B is not None
+        assert A is not None
+        assert B is not None
         if x.dtype is not A.dtype:
             x = x.to(A.dtype)
         change = F.linear(F.linear(x, A), B, own["bias"])
@@ -122,7 +123,7 @@ class Magnitude(LowRank):
     """The host's output features that this delta has, where not all."""
 
     def set_magnitude(self, weight: Tensor) -> None:
-        """Sets m to the row norms that `weight`, `(out, in, ...)`, has now: the start is the base."""
+        """Sets m to the row norms of `weight`, `(out, in, ...)`: the start is the base."""
         self.m = nn.Parameter(self.norm(weight))
 
     def norm(self, weight: Tensor) -> Tensor:
@@ -177,7 +178,9 @@ class LowRankExperts(ParameterDelta):
     B: nn.Parameter
     index: Tensor | None
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, index: Tensor | None, turned: bool) -> None:
+    def __init__(
+        self, A: Tensor, B: Tensor, scale: float, index: Tensor | None, turned: bool
+    ) -> None:
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("index", index, persistent=False)

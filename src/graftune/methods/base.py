@@ -1,4 +1,4 @@
-"""What a method is: a frozen settings object that plans where its deltas go, and a registry of them."""
+"""What a method is, a frozen settings object that plans where its deltas go; and their registry."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class BitFit(Method):
 
     def _missing(self, model: nn.Module, anatomy: Anatomy) -> list[Graft]:
         grafts: list[Graft] = []
-        for module in dict.fromkeys(p.module for p in resolve(model, anatomy, "blocks", self.layers)):
+        for module in dict.fromkeys(
+            p.module for p in resolve(model, anatomy, "blocks", self.layers)
+        ):
             host = model.get_submodule(module)
             if "bias" not in host._parameters or host._parameters["bias"] is not None:
                 continue

@@ -42,7 +42,7 @@ class FullFineTuning(Method):
         return not self.keep_base
 
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
-        """Returns a copy of every parameter with `keep_base`; in place there is nothing to graft."""
+        """Returns a copy of every parameter with `keep_base`, else nothing."""
         if not self.keep_base:
             return []
         return [own_value(model, name, empty=empty) for name in base_parameters(model)]

@@ -50,7 +50,7 @@ class LoRA(Method):
     dropout: float = 0.0
     """Chance that an input feature of the change is dropped in training."""
     targets: Targets = "blocks"
-    """Roles, module names, or one regular expression; "blocks": all linears of attention and FFN."""
+    """Roles, module names or one regular expression; "blocks": all linears of attention and FFN."""
     exclude: tuple[str, ...] = ()
     """Module names left out of the targets."""
     layers: Layers = None
@@ -107,10 +107,7 @@ class LoRA(Method):
         chosen = resolve(model, anatomy, self.targets, self.layers, self.exclude)
         self._check_patterns(chosen)
         grafts = [self._graft(model, projection, empty) for projection in chosen]
-        tokens = self.trainable_tokens
-        if isinstance(tokens, tuple):
-            tokens = {anatomy.input_embeddings[0]: tokens}
-        for module, ids in (tokens or {}).items():
+        for module, ids in self._tokens(anatomy).items():
             grafts += token_grafts(model, anatomy, module, ids)
         return grafts + self._biases(model, anatomy, chosen, empty)
 
@@ -141,12 +138,15 @@ class LoRA(Method):
             out = _height(part, out)
             taps = math.prod(getattr(host, "kernel_size", ()))
             total += r * (fan_in * taps + out) + (self.dora + self.lora_bias) * out
-        tokens = self.trainable_tokens or ()
-        lists = {anatomy.input_embeddings[0]: tokens} if isinstance(tokens, tuple) else tokens
-        for module, ids in lists.items():
-            width = next(m for n, m in model.named_modules() if n.endswith(module)).weight.shape[1]
-            total += len(ids) * int(width)
-        return total + sum(g.delta.value.numel() for g in self._biases(model, anatomy, chosen, True))  # type: ignore[union-attr]
+        for module, ids in self._tokens(anatomy).items():
+            host = next(m for n, m in model.named_modules() if n.endswith(module))
+            total += len(ids) * hosts.features(host)[1]
+        biases = self._biases(model, anatomy, chosen, empty=True)
+        return total + sum(tensor.numel() for graft in biases for _, tensor in graft.tensors())
+
+    def _tokens(self, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+        tokens = self.trainable_tokens or {}
+        return {anatomy.input_embeddings[0]: tokens} if isinstance(tokens, tuple) else tokens
 
     def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
         """Returns LoRA+'s two groups: B (and an embedding's A) learns `lr_ratio` times faster."""
@@ -200,7 +200,9 @@ class LoRA(Method):
         out = _height(projection, out)
         taps = tuple(getattr(host, "kernel_size", ()))
         if getattr(host, "groups", 1) != 1:
-            raise SettingsError(f"LoRA: {projection.module} is a grouped convolution, not supported.")
+            raise SettingsError(
+                f"LoRA: {projection.module} is a grouped convolution, not supported."
+            )
         A = torch.empty((r, fan_in, *taps), **options)  # type: ignore[arg-type]
         B = torch.empty((out, r, *[1] * len(taps)), **options)  # type: ignore[arg-type]
         kinds = _DORA_KINDS if self.dora else _KINDS
@@ -247,7 +249,8 @@ class LoRA(Method):
         if self.dropout or self.dora or self.lora_bias or self.init in ("pissa", "olora"):
             raise SettingsError(
                 f"LoRA: {projection.path} holds the weights of experts, on which dropout, dora, "
-                'lora_bias and init from the weight are not possible; leave it out with targets="attention".'
+                "lora_bias and init from the weight are not possible; leave it out with "
+                'targets="attention".'
             )
         tensor = getattr(host, projection.parameter)
         turned = bool(getattr(host, "is_transposed", False))
@@ -262,7 +265,9 @@ class LoRA(Method):
         B = torch.empty((experts, out, r), **options)  # type: ignore[arg-type]
         if not empty:
             bound = 1 / math.sqrt(fan_in)
-            nn.init.normal_(A, std=1 / r) if self.init == "gaussian" else nn.init.uniform_(A, -bound, bound)
+            nn.init.normal_(A, std=1 / r) if self.init == "gaussian" else nn.init.uniform_(
+                A, -bound, bound
+            )
             nn.init.zeros_(B)
         delta = low_rank.LowRankExperts(A, B, scale, index, turned)
         return Graft(ParameterPlace(projection.module, projection.parameter), delta)
@@ -329,6 +334,11 @@ def start_from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> Non
 def token_grafts(
     model: nn.Module, anatomy: Anatomy, module: str, ids: tuple[int, ...]
 ) -> list[Graft]:
+    """Returns the grafts of rows of their own for tokens, in an embedding and what is tied to it.
+
+    Raises:
+        SettingsError: if the module is no embedding, or an id isn't in it.
+    """
     matches = [n for n, _ in model.named_modules() if n == module or n.endswith(f".{module}")]
     if len(matches) != 1 or not isinstance(host := model.get_submodule(matches[0]), nn.Embedding):
         raise SettingsError(f'LoRA: trainable_tokens names "{module}", which is no embedding.')

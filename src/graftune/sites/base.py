@@ -179,7 +179,9 @@ class Site(nn.Module):
             handle.remove()
         self.handles = []
 
-    def mixed_rows(self, batch: int, device: torch.device) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    def mixed_rows(
+        self, batch: int, device: torch.device
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Yields (adapters, rows) of the plan in force for a batch."""
         plan = self.active.current()
         for group, (names, _) in enumerate(plan.groups or ()):

@@ -5,7 +5,7 @@ A weight is always seen as `(out_features, in_features, ...)`; an embedding as `
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ HostKind = Literal["linear", "embedding", "conv", "tensor"]
 
 
 def is_transposed(host: nn.Module) -> bool:
-    """Whether the module keeps its weight as (in, out): transformers' Conv1D, known by nx and nf."""
+    """Whether the weight is kept as (in, out): transformers' Conv1D, known by its nf."""
     return hasattr(host, "nf") and getattr(host, "weight", torch.empty(0)).ndim == 2
 
 
@@ -43,11 +43,10 @@ def features(host: nn.Module) -> tuple[int, int]:
         return host.num_embeddings, host.embedding_dim
     if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return host.in_channels // host.groups, host.out_channels
-    if is_transposed(host):
-        return int(host.weight.shape[0]), int(host.weight.shape[1])
     if hasattr(host, "in_features"):
-        return int(host.in_features), int(host.out_features)  # type: ignore[arg-type]
-    return int(host.weight.shape[1]), int(host.weight.shape[0])
+        return int(cast(int, host.in_features)), int(cast(int, host.out_features))
+    first, second = cast(Tensor, host.weight).shape[:2]
+    return (first, second) if is_transposed(host) else (second, first)
 
 
 def oriented(host: nn.Module, weight: Tensor) -> Tensor:

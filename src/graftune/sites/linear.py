@@ -42,7 +42,9 @@ class LinearSite(Site):
             return self._changed(plan.names, args[0], y, host)
         for names, at in self.mixed_rows(y.shape[0], y.device):
             if any(name in self._modules for name in names):
-                some = self._changed(names, args[0].index_select(0, at), y.index_select(0, at), host)
+                some = self._changed(
+                    names, args[0].index_select(0, at), y.index_select(0, at), host
+                )
                 y = y.index_copy(0, at, some)
         return y
 

@@ -45,9 +45,7 @@ class OwnValue(ParameterDelta):
         return value + (own - base)
 
 
-def own_value(
-    model: nn.Module, name: str, *, empty: bool = False, adds: bool = True
-) -> Graft:
+def own_value(model: nn.Module, name: str, *, empty: bool = False, adds: bool = True) -> Graft:
     """Returns the graft of an adapter's own copy of one of the model's tensors.
 
     Args:
@@ -60,7 +58,9 @@ def own_value(
     host = model.get_submodule(module)
     tensor = host.get_parameter(parameter)
     options = hosts.delta_options(host, parameter)
-    copy = torch.empty_like(tensor, **options) if empty else tensor.detach().to(**options, copy=True)
+    copy = (
+        torch.empty_like(tensor, **options) if empty else tensor.detach().to(**options, copy=True)
+    )
     return Graft(ParameterPlace(module, parameter), OwnValue(copy, adds=adds))
 
 
