@@ -20,7 +20,7 @@ from graftune.anatomy import Anatomy, anatomy
 from graftune.composition import Composition, Rows, check_names, members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
-from graftune.sites.base import Deltas, Graft, LinearPlace, Site
+from graftune.sites.base import Deltas, Graft, LinearPlace, Site, base_modules
 from graftune.sites.linear import LinearSite
 from graftune.sites.parameter import ParameterSite, own_value
 from graftune.sites.state import Active, Plan, carry_plan_through_checkpoints
@@ -249,7 +249,7 @@ def attach_planned(
     state = state or _install(model, parts)
     adapter = Adapter(name, method, model, grafts, heads)
     state.adapters[name] = adapter
-    insert(model, state.active, name, grafts)
+    insert(state, name, grafts)
     _set_active(state, name)
     state.tell_transformers()
     return adapter
@@ -334,10 +334,22 @@ def check_composition(state: Grafts, composition: Composition) -> None:
                     f'Adapter "{name}" is {method.name}, which changes whole weights and can\'t '
                     "act on some rows of a batch only."
                 )
+            _check_rows(state, name)
     if state.merged is not None:
         for name in names:
             if name in state.merged.names:
                 raise AdapterError(f'Adapter "{name}" is merged: unmerge before you switch it.')
+
+
+def _check_rows(state: Grafts, name: str) -> None:
+    """Raises AdapterError if a delta sits where all rows of a batch share one input."""
+    once = state.anatomy.once_for_all_rows
+    for graft in state.adapters[name].grafts:
+        if graft.place.module in once:
+            raise AdapterError(
+                f'Adapter "{name}" changes {graft.place.module}, which runs once for all rows of a '
+                "batch, so it can't act on some of them only."
+            )
 
 
 def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[str, ...]:
@@ -364,8 +376,9 @@ def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[st
     return tuple(dict.fromkeys(found))
 
 
-def insert(model: nn.Module, active: Active, name: str, grafts: Iterable[Graft]) -> None:
+def insert(state: Grafts, name: str, grafts: Iterable[Graft]) -> None:
     """Hangs deltas below their hosts, and hooks on those that have none yet."""
+    model, active = state.model, state.active
     aliases = tensor_names(model)
     for graft in grafts:
         place, host = graft.place, model.get_submodule(graft.place.module)
@@ -379,7 +392,10 @@ def insert(model: nn.Module, active: Active, name: str, grafts: Iterable[Graft])
         alone = [(place.module, place.parameter)]
         for alias in aliases.get(id(tensor), alone) if graft.delta.shared else alone:
             twin = model.get_submodule(alias[0])
-            site = _site(twin, "parameters", lambda: ParameterSite(active))
+            unread = alias[0] in state.anatomy.read_by_parent
+            reader = model.get_submodule(alias[0].rpartition(".")[0]) if unread else None
+            owner = twin if unread else None
+            site = _site(twin, "parameters", lambda o=owner: ParameterSite(active, o), reader)
             if name not in site._modules:
                 site._modules[name] = nn.Module()
             site._modules[name]._modules[alias[1]] = graft.delta  # type: ignore[union-attr]
@@ -405,7 +421,7 @@ def remove(model: nn.Module, name: str, grafts: Iterable[Graft]) -> None:
 def tensor_names(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
     """Returns every place, (module path, tensor name), of each parameter by its id."""
     names: dict[int, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 names.setdefault(id(tensor), []).append((path, name))
@@ -425,7 +441,9 @@ def forget_compiled() -> None:
         dynamo.reset()
 
 
-def _site(host: nn.Module, key: str, make: Any) -> Site:
+def _site(
+    host: nn.Module, key: str, make: Callable[[], Site], reader: nn.Module | None = None
+) -> Site:
     deltas = host._modules.get("deltas")
     if deltas is None:
         deltas = Deltas()
@@ -434,7 +452,7 @@ def _site(host: nn.Module, key: str, make: Any) -> Site:
     if site is None:
         site = make()
         deltas._modules[key] = site
-        site.hook(host)
+        site.hook(host if reader is None else reader)
     assert isinstance(site, Site)
     return site
 
@@ -451,9 +469,10 @@ def _head_grafts(
 
 
 def _set_active(state: Grafts, composition: Composition) -> None:
+    touched = [*members_of(state.active.plan.composition), *members_of(composition)]
     state.active.set(composition)
     acting = members_of(composition)
-    for adapter in state.adapters.values():
+    for adapter in [state.adapters[name] for name in touched if name in state.adapters]:
         on = adapter.trainable and adapter.name in acting
         for tensor in adapter.parameters():
             tensor.requires_grad_(on)

@@ -80,7 +80,7 @@ def unmerge(model: nn.Module) -> None:
         adapter = state.adapters[adapter_name]
         for graft in adapter.grafts:
             graft.delta.to(next(model.get_submodule(graft.place.module).parameters()).device)
-        insert(model, state.active, adapter_name, adapter.grafts)
+        insert(state, adapter_name, adapter.grafts)
     state.merged = None
     state.active.set(record.before)
     state.tell_transformers()

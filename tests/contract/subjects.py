@@ -22,10 +22,14 @@ METHODS: dict[str, Method] = {
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
-REFUSALS: dict[tuple[str, str], str] = {
-    ("rows", "full"): "changes whole weights",
+REFUSALS: dict[tuple[str, str, str], str] = {
+    **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
+    ("rows", "bitfit", "deberta-v2"): "runs once for all rows",
 }
-"""(invariant, method) that can't be, with the words of the error that says so."""
+"""(invariant, method, family) that can't be, with the words of the error that says so."""
+
+BASE_DEPENDS_ON_PADDING = {("deberta-v2", "left")}
+"""Where the base itself answers otherwise when padded: DeBERTa pools the first position."""
 
 CASES = [(m, f) for f in FAMILIES for m in METHODS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")

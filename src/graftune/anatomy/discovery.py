@@ -55,7 +55,21 @@ def _discover(model: PreTrainedModel, tree: Tree) -> Anatomy:
         norms=surroundings.norms(tree),
         biases=surroundings.biases(tree),
         tied=surroundings.tied_tensors(tree),
+        read_by_parent=tuple(p for p in tree.position if _last(p) in table.READ_BY_PARENT),
+        once_for_all_rows=tuple(p for p in tree.position if _is_shared(p, model_type)),
         missing=missing,
+    )
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _is_shared(path: str, model_type: str) -> bool:
+    """Whether a module sees one input for all rows of a batch."""
+    ends = table.ONCE_FOR_ALL_ROWS.get(model_type, ())
+    return _last(path) in table.RELATIVE_BIASES or f".{path}".endswith(
+        tuple(f".{end}" for end in ends)
     )
 
 

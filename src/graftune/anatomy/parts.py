@@ -111,6 +111,10 @@ class Anatomy:
     """Absolute names of every bias vector (of linears, convolutions and norms)."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of tensor names that are one tensor."""
+    read_by_parent: tuple[str, ...] = ()
+    """Modules that never run: their parent reads their tensors."""
+    once_for_all_rows: tuple[str, ...] = ()
+    """Modules that see one input for all rows of a batch."""
     missing: tuple[str, ...] = ()
     """What could not be found, one clear line each; empty when the anatomy is whole."""
 

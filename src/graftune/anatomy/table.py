@@ -109,3 +109,15 @@ ADDS_RESIDUAL = frozenset({"bloom"})
 
 PRETRAINED_HEADS: dict[str, tuple[str, ...]] = {"modernbert": ("head",)}
 """Modules outside the body that a task class takes over from pretraining."""
+
+READ_BY_PARENT = frozenset({"rel_embeddings"})
+"""Names of modules whose tensors their parent reads, without ever running them (DeBERTa)."""
+
+ONCE_FOR_ALL_ROWS: dict[str, tuple[str, ...]] = {
+    "deberta": ("encoder.LayerNorm", "encoder.rel_embeddings"),
+    "deberta-v2": ("encoder.LayerNorm", "encoder.rel_embeddings"),
+}
+"""Ends of the paths of modules that see one input for all rows of a batch."""
+
+RELATIVE_BIASES = frozenset({"relative_attention_bias", "relative_position_bias"})
+"""Names of modules, in any type, that see positions and not rows (T5, Swin)."""

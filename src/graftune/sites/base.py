@@ -161,6 +161,27 @@ class Deltas(nn.Module):
         return next(iter(found.values())) if len(found) == 1 else found
 
 
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the modules of the base by path, each once; those of adapters aren't walked into."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[path] = module
+        prefix = f"{path}." if path else ""
+        children = list(module._modules.items())
+        pending += [
+            (prefix + name, child)
+            for name, child in reversed(children)
+            if child is not None and not isinstance(child, Deltas)
+        ]
+    return found
+
+
 class Site(nn.Module):
     """A place's deltas by adapter, and the hooks that let them act."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.base import Graft, ParameterDelta, ParameterPlace, Site
-from graftune.sites.state import Plan
+from graftune.sites.state import Active, Plan
 
 
 class OwnValue(ParameterDelta):
@@ -70,7 +70,16 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class ParameterSite(Site):
-    """Deltas on a host's own tensors: per adapter a module of deltas by tensor name."""
+    """Deltas on a host's own tensors: per adapter a module of deltas by tensor name.
+
+    Args:
+        active: the model's shared state.
+        owner: the host, where another module reads its tensors and the hooks go there.
+    """
+
+    def __init__(self, active: Active, owner: nn.Module | None = None) -> None:
+        super().__init__(active)
+        self.owner = (owner,)
 
     def hook(self, host: nn.Module) -> None:
         """Registers the pair of hooks; the second runs even if the forward fails."""
@@ -84,8 +93,9 @@ class ParameterSite(Site):
         active = self.active
         plan = active.current() if active.overridden else active.plan
         if plan.groups is None:
-            for name, value in self.values(plan.names, host).items():
-                host.__dict__[name] = value
+            owner = self.owner[0] or host
+            for name, value in self.values(plan.names, owner).items():
+                owner.__dict__[name] = value
 
     def values(self, names: tuple[str, ...], host: nn.Module) -> dict[str, Tensor]:
         """Returns the tensors that the named adapters make of the host's, by name."""
@@ -100,9 +110,10 @@ class ParameterSite(Site):
 
     def after(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Takes the tensors away, or answers for each group of rows. The forward hook."""
+        owner = self.owner[0] or host
         for deltas in self._modules.values():
             for name in deltas._modules if deltas is not None else ():
-                host.__dict__.pop(name, None)
+                owner.__dict__.pop(name, None)
         plan = self.active.current()
         if plan.groups is None or not any(name in self._modules for name in plan.names):
             return None
