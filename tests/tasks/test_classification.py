@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,7 +107,9 @@ def test_answers_keep_the_order_and_are_distributions(ready: Ready) -> None:
     assert [one["text"] for one in found] == texts
     for one in found:
         assert sum(one["probabilities"].values()) == pytest.approx(1)
-        assert one["score"] == max(one["probabilities"].values()) == one["probabilities"][one["label"]]
+        assert (
+            one["score"] == max(one["probabilities"].values()) == one["probabilities"][one["label"]]
+        )
 
 
 def test_answers_do_not_depend_on_the_batch(ready: Ready) -> None:

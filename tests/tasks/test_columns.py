@@ -21,7 +21,7 @@ def test_a_missing_column_is_told_with_what_was_found_and_the_nearest() -> None:
 
 
 def test_a_wrongly_named_column_is_told_with_the_nearest() -> None:
-    with pytest.raises(DataError, match='no column "intent".*Did you mean "intnet"'):
+    with pytest.raises(DataError, match=r'no column "intent".*Did you mean "intnet"'):
         find_column(TABLE, "label", "intent", ())
 
 

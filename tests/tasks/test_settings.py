@@ -93,7 +93,7 @@ def test_a_wrong_override_is_refused(change: str, said: str) -> None:
 
 
 def test_keyword_arguments_are_checked_alike() -> None:
-    with pytest.raises(SettingsError, match='nam: unknown key. Did you mean "name"'):
+    with pytest.raises(SettingsError, match=r'nam: unknown key\. Did you mean "name"'):
         RunSettings(base="b", data="x.csv", nam="y")
 
 

@@ -35,12 +35,11 @@ def test_each_format_gives_the_same_row(tmp_path: Path, name: str, content: str)
 
 def test_parquet_class_numbers_become_names(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is read with pyarrow")
     features = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
     kept = {"huggingface": json.dumps({"info": {"features": features}})}
     table = pyarrow.table({"text": ["a", "b"], "label": [1, 0]}).replace_schema_metadata(kept)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet")
     assert [row["label"] for row in read_table(tmp_path / "a.parquet").rows] == ["yes", "no"]
 
 

@@ -98,6 +98,7 @@ def _tokenizer(specials: Sequence[str], pad: str, unknown: str, eos: str | None 
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=pad, unk_token=unknown, eos_token=eos,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"][:: 2 if eos else 1],
         additional_special_tokens=[s for s in specials if s not in (pad, unknown, eos)],
     )  # fmt: skip
 

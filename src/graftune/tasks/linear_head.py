@@ -1,6 +1,6 @@
 """Softmax regression on fixed vectors: the linear probe's classifier, and a new head's start.
 
-    minimise over W, b:   mean cross-entropy(W x + b, y) + penalty · ‖W‖² / 2        by L-BFGS
+minimise over W, b:   mean cross-entropy(W x + b, y) + penalty · ‖W‖² / 2        by L-BFGS
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SHOWN_ANSWERS = 8
 """Test rows that are answered at the end of a run of a task that generates text."""
+LONGEST_ANSWER = 128
+"""Tokens of such an answer at most."""
 
 
 @dataclass
@@ -220,7 +222,8 @@ class TrainingRun:
             self._write_answers(examples, answers, run_dir)
             return measure_answers(self.task, self.labels, examples, answers)
         shown = [self.task.question(one.fields, one.where) for one in examples[:SHOWN_ANSWERS]]
-        self._write_answers(examples, answer(self.task, ready, shown, size), run_dir)
+        room = min(LONGEST_ANSWER, ready.max_length // 2)
+        self._write_answers(examples, answer(self.task, ready, shown, size, room), run_dir)
         return measure_logits(self.task, ready, encoded["test"].features, size)
 
     def _write_answers(

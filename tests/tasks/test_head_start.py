@@ -1,0 +1,43 @@
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftune.tasks.classification import Classification
+from graftune.tasks.head_start import start_head
+from graftune.tasks.models import load_base
+from graftune.tasks.tables import Table
+from graftune.tasks.task import Ready
+from tests.tasks import tiny
+
+TASK = Classification()
+
+
+def encoded(ready: Ready) -> dict[str, Any]:
+    table = Table(tiny.mail(40), "mail")
+    columns = {"text": "text", "label": "label"}
+    return {"train": TASK.encode(TASK.examples(table, columns), ready).features}
+
+
+def test_only_the_new_head_changes_and_it_reads_the_base(tmp_path: Path) -> None:
+    base = load_base(str(tiny.bert(tmp_path)), labels=["delivery", "refund"])
+    ready = Ready(base.model, base.tokenizer, ["delivery", "refund"], 16)
+    before = {name: t.clone() for name, t in base.model.state_dict().items()}
+    rows = encoded(ready)
+    assert start_head(ready, base.fresh, rows)
+    after = base.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    examples = [TASK.question(row["text"], "row") for row in tiny.mail(40)]
+    found = TASK.answer(examples, ready, batch_size=8, max_new_tokens=1)
+    right = [a["label"] == row["label"] for a, row in zip(found, tiny.mail(40), strict=True)]
+    assert sum(right) > 30
+
+
+def test_a_head_that_is_not_new_is_left(tmp_path: Path) -> None:
+    base = load_base(str(tiny.bert(tmp_path)), labels=["delivery", "refund"])
+    ready = Ready(base.model, base.tokenizer, ["delivery", "refund"], 16)
+    before = base.model.get_parameter("classifier.weight").clone()
+    assert not start_head(ready, (), encoded(ready))
+    assert torch.equal(before, base.model.get_parameter("classifier.weight"))
+    assert not list(base.model.get_submodule("classifier")._forward_pre_hooks)
