@@ -52,10 +52,8 @@ def table(rows: list[Row]) -> str:
     ]
     widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     lines = [head, tuple("-" * width for width in widths), *body]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    padded = [[c.ljust(width) for c, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
 def page(rows: list[Row]) -> str:

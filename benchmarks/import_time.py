@@ -5,7 +5,10 @@ from __future__ import annotations
 from benchmarks.measure import ROUNDS, Row, fresh_process, row
 
 IMPORT = ("-c", "import graftune")
-HELP = ("-c", "import sys; from graftune.cli import main; sys.argv = ['graftune', '--help']; main()")
+HELP = (
+    "-c",
+    "import sys; sys.argv = ['graftune', '--help']; from graftune.cli import main; main()",
+)
 PEER = ("-c", "import peft")
 
 

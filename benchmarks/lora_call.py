@@ -1,4 +1,4 @@
-"""What an unmerged LoRA adds to a linear's call at batch 1: ours over PEFT's, the linear taken off."""
+"""What an unmerged LoRA adds to a linear's call at batch 1, the linear itself taken off."""
 
 from __future__ import annotations
 
