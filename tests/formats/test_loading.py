@@ -83,7 +83,9 @@ def test_a_cut_file_is_refused(ours: Path, kept: int) -> None:
 def test_missing_tensors_are_listed(which: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(which)
     change_tensors(path, lambda t: [t.pop(name) for name in sorted(t)[:7]])
-    refused(path, r'7 missing: "model\.layers\.0\.self_attn\.k_proj\.lora_A\.weight", .* and 2 more')
+    refused(
+        path, r'7 missing: "model\.layers\.0\.self_attn\.k_proj\.lora_A\.weight", .* and 2 more'
+    )
 
 
 def test_unexpected_tensors_are_listed(ours: Path) -> None:
@@ -219,7 +221,7 @@ def test_a_whole_model_is_told(tmp_path: Path) -> None:
         ("[]", "holds a list, not an object"),
         ('{"model_type": "bert"}', "config of a whole model"),
         ('{"config": {}, "hidden_size": 4}', "AdapterHub"),
-        ('{"a": 1}', 'isn\'t an adapter\'s config \\(it has "a"\\)'),
+        ('{"a": 1}', "isn't an adapter's config \\(it has \"a\"\\)"),
     ],
 )
 def test_a_foreign_config_is_told(ours: Path, content: str, told: str) -> None:

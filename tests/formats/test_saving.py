@@ -57,7 +57,8 @@ def trained(method: Any, seed: int = 0, model: nn.Module | None = None) -> Any:
 
 def digest(folder: Path) -> dict[str, str]:
     return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
     }
 
 

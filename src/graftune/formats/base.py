@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftune.errors import BaseMismatchError
+from graftune.sites.base import base_modules
 
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
 _PROBES = 4
@@ -43,6 +44,16 @@ def base_name(model: nn.Module) -> str:
     return str(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "")
 
 
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the base's own tensors by name, a tied one under each of its names."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in base_modules(model).items()
+        for name, tensor in module._parameters.items()
+        if tensor is not None
+    }
+
+
 def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[str] = ()) -> None:
     """Compares a model with the fingerprint an adapter was saved with.
 
@@ -73,8 +84,8 @@ def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[st
 def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
     matrices = [
         tensor
-        for name, tensor in model.named_parameters()
-        if tensor.ndim >= 2 and ".deltas." not in f".{name}" and not _below(name, skip)
+        for name, tensor in base_tensors(model).items()
+        if tensor.ndim >= 2 and not _below(name, skip)
     ]
     if not matrices or any(not t.is_floating_point() or t.is_meta for t in matrices):
         return None  # quantised or without numbers: nothing to compare

@@ -21,7 +21,7 @@ from graftune.formats.hub import located
 from graftune.formats.tensors import listed, read_tensors
 from graftune.methods.base import Method
 from graftune.methods.lora import LoRA
-from graftune.sites.base import Graft
+from graftune.sites.base import Graft, base_modules
 from graftune.sites.parameter import own_value
 
 
@@ -102,14 +102,14 @@ def _load_lora(
     model: nn.Module, found: Directory, tensors: Mapping[str, Tensor], where: str, name: str
 ) -> Adapter:
     config = peft_settings.checked(found.config, where)
-    modules = [n for n, _ in model.named_modules() if ".deltas" not in f".{n}"]
+    modules = base_modules(model)
     added = peft_settings.TASK_HEADS.get(str(config["task_type"]), ())
     config["modules_to_save"] = [*peft_settings.names(config["modules_to_save"]), *added]
     saved = tuple(peft_settings.saved_modules(config, modules))
     method: Method
     if found.own is None:
         places = [
-            m if p == "weight" else f"{m}.{p}" for m, p in peft_reading.adapted(model, config)
+            m if p == "weight" else f"{m}.{p}" for m, p in peft_reading.adapted(modules, config)
         ]
         method, heads = peft_reading.method_of(config, saved, places), saved
     else:
@@ -118,6 +118,7 @@ def _load_lora(
     reading = peft_reading.Reading(
         where=where,
         model=model,
+        modules=modules,
         config=config,
         tensors=peft_reading.without_prefix(tensors),
         method=method,

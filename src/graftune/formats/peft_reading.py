@@ -42,6 +42,8 @@ class Reading:
     where: str
     """The directory, for errors."""
     model: nn.Module
+    modules: Mapping[str, nn.Module]
+    """The model's own, by path."""
     config: Mapping[str, Any]
     """Checked, every key filled in."""
     tensors: Mapping[str, Tensor]
@@ -107,12 +109,11 @@ def method_of(config: Mapping[str, Any], heads: Sequence[str], modules: Sequence
     )
 
 
-def adapted(model: nn.Module, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def adapted(modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns (module, parameter) of everything the settings put a LoRA on, in the model's order."""
-    modules = {n: m for n, m in model.named_modules() if ".deltas" not in f".{n}"}
     found = [(name, "weight") for name in rules.targeted_modules(config, modules)]
     if config["target_parameters"]:
-        every = [n for n, _ in model.named_parameters() if ".deltas." not in f".{n}"]
+        every = (f"{path}.{n}" for path, m in modules.items() for n in m._parameters)
         for name in rules.targeted_parameters(config, every):
             module, _, parameter = name.rpartition(".")
             found.append((module, parameter))
@@ -126,7 +127,7 @@ def grafts(reading: Reading, anatomy: Anatomy) -> list[Graft]:
         BaseMismatchError: the file names modules or sizes that the model doesn't have.
         FormatError: tensors are missing or unexpected; the message lists them.
     """
-    places = adapted(reading.model, reading.config)
+    places = adapted(reading.modules, reading.config)
     plan = _Plan(reading, places)
     plan.check()
     found = [graft for place in places for graft in plan.low_rank(*place)]
@@ -150,7 +151,9 @@ class _Plan:
         self.reading, self.places = reading, places
         self.modules = {m for m, p in places if p == "weight"}
         self.tokens = _token_modules(reading)
-        self.names = self._expected()
+        self.names = {place: self._names_of(*place) for place in places}
+        self.others = [n for n in reading.tensors if not n.endswith(_SUFFIXES)]
+        self.embeddings = _embedding_paths(reading)
         self.values = self._values()
 
     def check(self) -> None:
@@ -208,10 +211,6 @@ class _Plan:
             self.reading.config["alpha_pattern"], name, self.reading.config["lora_alpha"]
         )
         return alpha / (math.sqrt(rank) if self.reading.config["use_rslora"] else rank)
-
-    def _expected(self) -> dict[tuple[str, str], dict[str, tuple[int, ...]]]:
-        """Returns the names and shapes of every adapted tensor's own tensors: A, B, and others."""
-        return {place: self._names_of(*place) for place in self.places}
 
     def _names_of(self, module: str, parameter: str) -> dict[str, tuple[int, ...]]:
         reading, config = self.reading, self.reading.config
@@ -295,42 +294,43 @@ class _Plan:
     def _values(self) -> list[str]:
         """Returns the base's tensors of which the file holds other values, by their names there."""
         reading, found = self.reading, []
-        embeddings = _embedding_paths(reading.model)
-        for name in reading.tensors:
+        for name in self.others:
             module, _, parameter = name.rpartition(".")
             wrapped = module.endswith(".base_layer")
             module = module.removesuffix(".base_layer")
-            base = _base_tensor(reading.model, module, parameter)
-            if base is None or wrapped != (module in self.modules):
-                continue
-            own = f"{module}.{parameter}" if module else parameter
-            if reading.values is not None:
-                found += [own] if own in reading.values else []
-            elif is_below(own, reading.heads):
-                found.append(own)
-            elif reading.config["bias"] != "none" and "bias" in own:
-                found.append(own)
-            elif module in embeddings and parameter == "weight":
-                if not _same(base, reading.tensors[name]):
+            base = _base_tensor(reading, module, parameter)
+            if base is not None and wrapped == (module in self.modules):
+                own = f"{module}.{parameter}" if module else parameter
+                if self._has_own(own, module, base, reading.tensors[name]):
                     found.append(own)
         return found
+
+    def _has_own(self, own: str, module: str, base: Tensor, tensor: Tensor) -> bool:
+        """Whether the adapter has a value of its own of one of the base's tensors."""
+        reading = self.reading
+        if reading.values is not None:
+            return own in reading.values
+        if is_below(own, reading.heads):
+            return True
+        if reading.config["bias"] != "none" and "bias" in own:
+            return True
+        return own == f"{module}.weight" and module in self.embeddings and not _same(base, tensor)
 
     def _same_as_base(self) -> set[str]:
         """Returns names of tensors that add nothing: the base's embeddings, a head's other names."""
         reading, found = self.reading, set[str]()
-        embeddings = _embedding_paths(reading.model)
-        for name, tensor in reading.tensors.items():
+        for name in self.others:
             module, _, parameter = name.rpartition(".")
             module = module.removesuffix(".base_layer")
-            try:
-                host = reading.model.get_submodule(module)
-            except AttributeError:
+            host = reading.modules.get(module)
+            if host is None:
                 continue
-            base = host._parameters.get(parameter) if module in embeddings else None
-            if base is None and is_below(module, reading.heads):
+            in_head = is_below(module, reading.heads)
+            base = host._parameters.get(parameter) if module in self.embeddings else None
+            if base is None and in_head:
                 base = host._buffers.get(parameter)
-            repeated = reading.values is not None and is_below(module, reading.heads)
-            if repeated or (base is not None and _same(base, tensor)):
+            repeated = reading.values is not None and in_head
+            if repeated or (base is not None and _same(base, reading.tensors[name])):
                 found.add(name)
         return found
 
@@ -339,7 +339,7 @@ class _Plan:
         shapes = dict(wanted)
         for name in self.values:
             module, _, parameter = name.rpartition(".")
-            base = _base_tensor(reading.model, module, parameter)
+            base = _base_tensor(reading, module, parameter)
             assert base is not None
             shapes[self._file_name(name)] = tuple(base.shape)
         for module, ids in self.tokens.items():
@@ -403,31 +403,28 @@ def _token_rows(reading: Reading, anatomy: Anatomy, module: str, ids: Sequence[i
 
 def _token_modules(reading: Reading) -> dict[str, list[int]]:
     """Returns the embeddings of which single tokens are trained, and their ids."""
-    tokens, model = reading.config["trainable_token_indices"], reading.model
+    tokens, modules = reading.config["trainable_token_indices"], reading.modules
     if not tokens:
         return {}
-    modules = {n: m for n, m in model.named_modules() if ".deltas" not in f".{n}"}
     if isinstance(tokens, list):
-        inputs = getattr(model, "get_input_embeddings", lambda: None)()
+        inputs = getattr(reading.model, "get_input_embeddings", lambda: None)()
         found = [name for name, module in modules.items() if module is inputs]
         return {found[0]: tokens} if found else {}
     return {name: ids for end, ids in tokens.items() for name in modules if name.endswith(end)}
 
 
-def _embedding_paths(model: nn.Module) -> set[str]:
+def _embedding_paths(reading: Reading) -> set[str]:
     kinds = (
-        getattr(model, "get_input_embeddings", lambda: None)(),
-        getattr(model, "get_output_embeddings", lambda: None)(),
+        getattr(reading.model, "get_input_embeddings", lambda: None)(),
+        getattr(reading.model, "get_output_embeddings", lambda: None)(),
     )
-    return {n for n, m in model.named_modules() if any(m is k for k in kinds if k is not None)}
+    wanted = {id(kind) for kind in kinds if kind is not None}
+    return {name for name, module in reading.modules.items() if id(module) in wanted}
 
 
-def _base_tensor(model: nn.Module, module: str, parameter: str) -> Tensor | None:
-    try:
-        host = model.get_submodule(module)
-    except AttributeError:
-        return None
-    return host._parameters.get(parameter)
+def _base_tensor(reading: Reading, module: str, parameter: str) -> Tensor | None:
+    host = reading.modules.get(module)
+    return None if host is None else host._parameters.get(parameter)
 
 
 def _same(base: Tensor, tensor: Tensor) -> bool:
@@ -438,8 +435,7 @@ def _same(base: Tensor, tensor: Tensor) -> bool:
 
 def _refuse_other_base(reading: Reading, strangers: Sequence[str]) -> None:
     """Raises if tensors belong to modules that the model doesn't have."""
-    modules = {name for name, _ in reading.model.named_modules()}
-    absent = [name for name in strangers if _module_of(name) not in modules]
+    absent = [name for name in strangers if _module_of(name) not in reading.modules]
     if absent:
         raise _other_base(
             reading, f"{len(absent)} tensors belong to modules it doesn't have: {listed(absent)}"

@@ -116,7 +116,11 @@ def _twins(adapter: Adapter) -> dict[str, Tensor]:
     model, names, found = adapter.model, tensor_names(adapter.model), {}
     for graft in adapter.grafts:
         place, delta = graft.place, graft.delta
-        if isinstance(delta, OwnValue) and delta.shared and is_below(place.module, adapter.head_names):
+        if (
+            isinstance(delta, OwnValue)
+            and delta.shared
+            and is_below(place.module, adapter.head_names)
+        ):
             base = model.get_submodule(place.module)._parameters.get(place.parameter)
             for module, parameter in names.get(id(base), ()):
                 if (module, parameter) != (place.module, place.parameter):

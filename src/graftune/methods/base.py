@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -206,6 +207,7 @@ def _frozen(value: Any) -> Any:
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else value
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
