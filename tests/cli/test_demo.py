@@ -5,6 +5,7 @@ import pytest
 from graftune.cli import demo as demos
 from graftune.cli import demo_chat
 from graftune.tasks.settings import RunSettings
+from tests.compare.results import result
 
 
 @pytest.fixture
@@ -18,10 +19,9 @@ def tiny(monkeypatch, base, rows, tmp_path):
         return RunSettings(
             base=str(base),
             data={"train": str(rows), "test": str(held_out / "test.jsonl")},
-            train={"steps": 4},
             out=str(out),
             name=out.name,
-            **changes,
+            **{**changes, "train": {"steps": 4}},
         )
 
     monkeypatch.setattr(demos, "_settings", settings)
@@ -59,6 +59,24 @@ def test_share_in_house_style_counts_whole_answers():
     good = "Ahoy! It is 102.\n— Fair winds, the Pondera crew"
     assert demo_chat.in_style([good, "It is 102.", "Ahoy! It is 102."]) == pytest.approx(1 / 3)
     assert demo_chat.in_style([]) == 0
+
+
+def test_the_chat_demo_shows_answers_before_and_after(graftune, tmp_path, monkeypatch):
+    def answers(run_dir, rows, *, base_only, max_new_tokens):
+        said = "Sure!" if base_only else "Ahoy! Yes.\n— Fair winds, the Pondera crew"
+        return [{"messages": [], "answer": said} for _ in rows]
+
+    made = result(labels=[], confusion=[], metrics={"test": {"perplexity": 9.5}})
+    monkeypatch.setattr("graftune.tasks.run.train", lambda *_, **__: made)
+    monkeypatch.setattr("graftune.tasks.run.predict", answers)
+    ended = graftune("demo", "--chat", "--out", tmp_path / "demo")
+    assert ended.code == 0, ended.err
+    assert "before: Sure!" in ended.out
+    assert "after:  Ahoy! Yes. — Fair winds, the Pondera crew" in ended.out
+    assert "0.0 % of 25 test answers before, 100.0 % after" in ended.out
+    page = (tmp_path / "demo" / "report-chat.html").read_text()
+    assert "100.0\u00a0% house style" in page
+    assert page.count("Fair winds") >= 12
 
 
 @pytest.mark.slow

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 MARK = "graftune-demo.json"
 """The file by which the demo knows a folder as its own."""
 
-RUNS = (
+RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("probe", "linear probe", {}),
-    ("lora", "LoRA", {"method": {"name": "lora", "r": 8}}),
-    ("full", "full fine-tuning", {"method": {"name": "FullFineTuning"}}),
+    ("lora", "LoRA", {"method": {"name": "lora", "r": 8}, "train": {"epochs": 4}}),
+    ("full", "full fine-tuning", {"method": {"name": "FullFineTuning"}, "train": {"epochs": 4}}),
 )
-"""Folder, name and settings of each run, in the order they are trained."""
+"""Folder, name and settings of each run, in the order they are trained: as many epochs for each."""
 
 
 def demo(

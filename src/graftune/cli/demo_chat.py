@@ -13,7 +13,7 @@ from graftune.cli.demo import examples, read_lines
 if TYPE_CHECKING:
     from graftune.tasks.result import RunResult
 
-STEPS, BATCH_SIZE, ANSWER_TOKENS = 24, 8, 96
+STEPS, BATCH_SIZE, ANSWER_TOKENS = 12, 8, 96
 SHOWN = 3
 """Questions whose answers are printed before and after."""
 
@@ -54,8 +54,8 @@ def _settings(out: Path) -> Any:
         task="instruct",
         data={"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"),
               "validation_fraction": 0.0},
-        method={"name": "lora", "r": 8},
-        train={"steps": STEPS, "batch_size": BATCH_SIZE},
+        method={"name": "lora", "r": 8, "alpha": 16.0},
+        train={"steps": STEPS, "batch_size": BATCH_SIZE, "lr": 2e-3},
         out=str(out),
         name=out.name,
     )  # fmt: skip
