@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 MARK = "graftune-demo.json"
 """The file by which the demo knows a folder as its own."""
 
+EPOCHS = 5
+
 RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("probe", "linear probe", {}),
-    ("lora", "LoRA", {"method": {"name": "lora", "r": 8}, "train": {"epochs": 4}}),
-    ("full", "full fine-tuning", {"method": {"name": "FullFineTuning"}, "train": {"epochs": 4}}),
+    ("lora", "LoRA", {"method": {"name": "lora", "r": 8}, "train": {"epochs": EPOCHS}}),
+    (
+        "full",
+        "full fine-tuning",
+        {"method": {"name": "FullFineTuning"}, "train": {"epochs": EPOCHS, "lr": 1e-4}},
+    ),
 )
-"""Folder, name and settings of each run, in the order they are trained: as many epochs for each."""
+"""Folder, name and settings of each run, in the order they are trained."""
 
 
 def demo(
