@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graftune.errors import FormatError, SettingsError
+from graftune.errors import DataError, FormatError, SettingsError
 from graftune.tasks import workspace
 
 
@@ -74,3 +74,11 @@ def test_directories_that_say_nothing_are_told_apart(tmp_path: Path) -> None:
         workspace.read_task(tmp_path)
     with pytest.raises(FormatError, match=r"has no run\.yaml"):
         workspace.read_settings(tmp_path)
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    workspace.check_same_data(tmp_path, {"a.csv": "1"})
+    workspace.write_json(tmp_path / workspace.ENVIRONMENT, workspace.environment({"a.csv": "1"}))
+    workspace.check_same_data(tmp_path, {"a.csv": "1"})
+    with pytest.raises(DataError, match=r'"a\.csv" is not what it was'):
+        workspace.check_same_data(tmp_path, {"a.csv": "2"})

@@ -79,6 +79,7 @@ class TrainingRun:
 
         Raises:
             SettingsError: The run's directory is taken, or holds a run with other settings.
+            DataError: The data is not what the resumed run was begun with.
             TrainingError: The run can't go on.
         """
         run_dir = self.settings.run_dir
@@ -94,6 +95,7 @@ class TrainingRun:
         if not (run_dir / workspace.SETTINGS).exists():
             return None
         check_same_settings(workspace.read_settings(run_dir), self.settings)
+        workspace.check_same_data(run_dir, self.data.report.hashes)
         done = (run_dir / workspace.RESULT).exists()
         return RunResult.load(run_dir) if done else None
 

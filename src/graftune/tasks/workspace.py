@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from graftune.errors import FormatError, SettingsError
+from graftune.errors import DataError, FormatError, SettingsError
 from graftune.formats.atomic import locked
 from graftune.tasks.settings import RunSettings
 
@@ -152,6 +152,22 @@ def environment(hashes: Mapping[str, str]) -> dict[str, Any]:
         "command": sys.argv,
         "data": dict(hashes),
     }
+
+
+def check_same_data(run_dir: Path, hashes: Mapping[str, str]) -> None:
+    """Checks that the data files are those that a run was begun with.
+
+    Raises:
+        DataError: One has changed, come or gone.
+    """
+    path = run_dir / ENVIRONMENT
+    before = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else hashes
+    changed = [name for name in {**before, **hashes} if before.get(name) != hashes.get(name)]
+    if changed:
+        raise DataError(
+            f'"{changed[0]}" is not what it was when the run was begun, so it can\'t be resumed; '
+            "start another one."
+        )
 
 
 def versions() -> dict[str, str]:
