@@ -8,6 +8,8 @@ Letters as in Hu et al. 2021 (arXiv 2106.09685) and Liu et al. 2024 (DoRA, arXiv
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,15 +61,14 @@ class LowRank(LinearDelta):
 
     def change(self, x: Tensor, host: nn.Module) -> Tensor:
         """Returns B A x, `(..., out)`, unscaled."""
-        own = self._parameters
-        A, B = own["A"], own["B"]
-        assert A is not None
-        assert B is not None
+        own, start = self._parameters, self._buffers  # not by attribute: a hot path
+        A: Any = own["A"]
         if x.dtype is not A.dtype:
             x = x.to(A.dtype)
-        change = F.linear(F.linear(x, A), B, own["bias"])
-        if self.A0 is not None and self.B0 is not None:
-            change = change - F.linear(F.linear(x, self.A0), self.B0)
+        change = F.linear(F.linear(x, A), cast(Tensor, own["B"]), own["bias"])
+        A0, B0 = start["A0"], start["B0"]
+        if A0 is not None and B0 is not None:
+            change = change - F.linear(F.linear(x, A0), B0)
         return change
 
     def weight_change(self) -> Tensor:

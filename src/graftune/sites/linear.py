@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftune.sites.base import LinearDelta, Site
+from graftune.sites.base import Site
 from graftune.sites.state import Active
 
 
@@ -42,22 +42,18 @@ class LinearSite(Site):
             return self._changed(plan.names, args[0], y, host)
         for names, at in self.mixed_rows(y.shape[0], y.device):
             if any(name in self._modules for name in names):
-                some = self._changed(
-                    names, args[0].index_select(0, at), y.index_select(0, at), host
-                )
-                y = y.index_copy(0, at, some)
+                x, some = args[0].index_select(0, at), y.index_select(0, at)
+                y = y.index_copy(0, at, self._changed(names, x, some, host))
         return y
 
     def _changed(self, names: tuple[str, ...], x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
-        deltas = self._modules
+        deltas, index = self._modules, self._buffers["index"]  # not by attribute: a hot path
         for name in names:
-            delta = deltas.get(name)
+            delta: Any = deltas.get(name)
             if delta is None:
                 continue
-            assert isinstance(delta, LinearDelta)
-            if self.index is None:
+            if index is None:
                 y = delta.forward(x, y, host)
             else:
-                part = delta.forward(x, y.index_select(-1, self.index), host)
-                y = y.index_copy(-1, self.index, part)
+                y = y.index_copy(-1, index, delta.forward(x, y.index_select(-1, index), host))
         return y
