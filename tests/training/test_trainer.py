@@ -469,9 +469,6 @@ def test_saving_the_model_writes_the_adapter_and_keeps_what_lies_there(tmp_path)
     gt.load(tiny(), tmp_path, name="back")
 
 
-# -- other loops ---------------------------------------------------------------------------------
-
-
 def test_the_stock_trainer_trains_and_writes_the_adapter_only(tmp_path) -> None:
     from graftune.training.lengths import PadToLongest
 

@@ -75,8 +75,6 @@ class TrainerMixin(_Base):
         found = adapters(_unwrapped(self)).values()
         return [a for a in found if any(p.requires_grad for p in a.parameters())]
 
-    # -- the run ---------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **settings: Any) -> Any:
         """Trains; True, or a folder, resumes from a checkpoint.
 
@@ -162,8 +160,6 @@ class TrainerMixin(_Base):
             + (f'; the last checkpoint is "{kept}".' if kept else ".")
         )
 
-    # -- optimizer and data ----------------------------------------------------------------------
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Makes the optimizer, with the learning rates that methods ask for.
 
@@ -213,8 +209,6 @@ class TrainerMixin(_Base):
             self._flops_per_token = 6 * count(exclude_embeddings=True) if count else 0
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         return 0 if main is None else self._flops_per_token * main.numel()
-
-    # -- checkpoints -----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self.training_adapters() or self.args.push_to_hub:
