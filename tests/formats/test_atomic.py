@@ -123,7 +123,7 @@ def test_a_reader_never_mixes_two_versions(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_leaves_the_old_version(tmp_path: Path, code: int) -> None:
     path = tmp_path / "a"
     write(path, 1)
-    with pytest.raises(FormatError, match="the disk is full .* what was there is unchanged"):
+    with pytest.raises(FormatError, match=r"the disk is full .* what was there is unchanged"):
         fail_while_writing(path, OSError(code, os.strerror(code)))
     assert version_of(path) == 1
     assert os.listdir(tmp_path) == ["a"]

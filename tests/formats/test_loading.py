@@ -119,7 +119,7 @@ def test_a_base_of_other_weights_is_told_and_may_be_allowed(ours: Path) -> None:
     model = FAMILIES["llama"].build()
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(1.0)
-    with pytest.raises(BaseMismatchError, match="other weights .* check_base=False"):
+    with pytest.raises(BaseMismatchError, match=r"other weights .* check_base=False"):
         gt.load(model, ours)
     gt.load(model, ours, check_base=False)
 
@@ -129,7 +129,7 @@ def test_a_base_in_half_precision_is_the_same_base(ours: Path) -> None:
 
 
 def test_another_model_type_is_told(theirs: Path) -> None:
-    with pytest.raises(BaseMismatchError, match="this Bert.* is not: .* doesn't have"):
+    with pytest.raises(BaseMismatchError, match=r"this Bert.* is not: .* doesn't have"):
         gt.load(FAMILIES["bert"].build(), theirs)
 
 

@@ -1,4 +1,4 @@
-"""What is saved: the same bytes every time, whole whatever happens, and the same logits anywhere."""
+"""What is saved: the same bytes every time, whole whatever happens, the same logits anywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +136,17 @@ def test_kill_at_any_moment_of_saving_leaves_a_whole_adapter(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(path: Path, tensors: Any) -> None:
         path.write_bytes(b"the beginning")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(saving, "write_tensors", write)
-    yield
 
 
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="the disk is full .* nothing was written"):
+    with pytest.raises(FormatError, match=r"the disk is full .* nothing was written"):
         trained(METHODS["lora"]()).save(tmp_path / "a")
     assert os.listdir(tmp_path) == []
 

@@ -99,6 +99,12 @@ FROM_PEFT: list[Case] = [
     ("llama", "tokens by module", {"trainable_token_indices": {"embed_tokens": [6, 50]}}),
     ("gpt2", "tokens, tied", {"trainable_token_indices": [7, 20, 6]}),
     ("t5", "tokens, tied", {"trainable_token_indices": [7, 20, 6]}),
+    ("gpt2", "head, tied", {"modules_to_save": ["lm_head"]}),
+    ("gpt2", "embedding, tied", {"modules_to_save": ["wte"]}),
+    ("t5", "embedding, tied", {"target_modules": ["shared", "q"]}),
+    ("gpt2", "both sides of a tie", {"target_modules": ["wte", "lm_head"]}),
+    ("bert", "in the head", {"target_modules": ["query", "pooler.dense", "classifier"]}),
+    ("mixtral", "a matrix as parameter", {"target_parameters": ["q_proj.weight"]}),
     ("opt", "bias all", {"bias": "all", "target_modules": ["q_proj", "fc1"]}),
     ("mixtral", "experts", {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj"]}),
     (

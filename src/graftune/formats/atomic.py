@@ -47,7 +47,8 @@ def replacing(path: Path, *, timeout_s: float | None = None) -> Iterator[Path]:
 
     Raises:
         FormatError: `path` can't be written (full disk, no permission, not a directory), or
-            another process goes on writing it for `timeout_s` (LOCK_TIMEOUT_S) seconds. `path` is unchanged then.
+            another process goes on writing it for `timeout_s` seconds, LOCK_TIMEOUT_S if
+            None. `path` is unchanged then.
     """
     target = _writable_target(path)
     with _telling_what_failed(target), locked(target, timeout_s=timeout_s):

@@ -100,7 +100,7 @@ def _inspect(folder: Path, shown: str, check_values: bool) -> Inspection:
     found = directory.read(folder)
     if found.tensors is None:
         raise FormatError(
-            f'"{shown}" keeps its weights as a pickle ({found.pickle}), which inspect does not open.'
+            f'"{shown}" keeps its weights as a pickle ({found.pickle}), which is not opened.'
         )
     entries = tuple(found.tensors.entries[name] for name in sorted(found.tensors.entries))
     modules, ranks = _factors(found.tensors)

@@ -141,7 +141,7 @@ def _load_own(
 ) -> Adapter:
     if found.own is None:
         raise FormatError(
-            f"{where} is of type {found.config['peft_type']}, written by HF PEFT; of its types this "
+            f"{where} is of type {found.config['peft_type']}, written by PEFT; of its types this "
             "version reads LORA."
         )
     method, heads = _method(found, where), tuple(found.own.get("heads", ()))

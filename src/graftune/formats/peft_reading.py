@@ -110,7 +110,7 @@ def method_of(config: Mapping[str, Any], heads: Sequence[str], modules: Sequence
 
 
 def adapted(modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns (module, parameter) of everything the settings put a LoRA on, in the model's order."""
+    """Returns (module, parameter) of all that the settings put a LoRA on, in the model's order."""
     found = [(name, "weight") for name in rules.targeted_modules(config, modules)]
     if config["target_parameters"]:
         every = (f"{path}.{n}" for path, m in modules.items() for n in m._parameters)
@@ -218,7 +218,7 @@ class _Plan:
         name = module if parameter == "weight" else f"{module}.{parameter}"
         r = rules.pattern_value(config["rank_pattern"], name, config["r"])
         tensor = getattr(host, parameter, None)
-        if not isinstance(tensor, Tensor) or tensor.ndim != 3 and parameter != "weight":
+        if not isinstance(tensor, Tensor) or (tensor.ndim != 3 and parameter != "weight"):
             raise FormatError(
                 f"{reading.where}: LoRA on {name}, of a {type(host).__name__}, isn't supported."
             )
@@ -233,7 +233,7 @@ class _Plan:
         taps = tuple(getattr(host, "kernel_size", ()))
         ones = (1,) * len(taps)
         form = "lora_embedding_{}" if kind == "embedding" else "lora_{}.weight"
-        names = {
+        names: dict[str, tuple[int, ...]] = {
             f"{module}.{form.format('A')}": (r, fan_in, *taps),
             f"{module}.{form.format('B')}": (out, r, *ones),
         }
@@ -317,7 +317,7 @@ class _Plan:
         return own == f"{module}.weight" and module in self.embeddings and not _same(base, tensor)
 
     def _same_as_base(self) -> set[str]:
-        """Returns names of tensors that add nothing: the base's embeddings, a head's other names."""
+        """Returns names of tensors that add nothing: the base's own, a head's other names."""
         reading, found = self.reading, set[str]()
         for name in self.others:
             module, _, parameter = name.rpartition(".")
@@ -378,14 +378,15 @@ def _used(patterns: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]
 
 def _with_start(host: nn.Module, factors: Factors, init: str) -> Factors:
     """Adds the start that PEFT took out of the base: computed again from the base's weight."""
-    r = factors.rank
-    options = {"device": factors.A.device, "dtype": torch.float32}
-    A = torch.empty(factors.A.shape, **options)
-    B = torch.empty(factors.B.shape, **options)
+    A, B = (
+        factors.A.new_empty(factors.A.shape).float(),
+        factors.B.new_empty(factors.B.shape).float(),
+    )
     delta = LowRank(A, B, factors.scale, 0.0, False)
     with torch.no_grad():
         start_from_weight(init, delta, hosts.read(host).detach())
-    assert delta.A0 is not None and delta.B0 is not None and delta.A0.shape[0] == r
+    assert delta.A0 is not None
+    assert delta.B0 is not None
     return dataclasses.replace(
         factors,
         A=torch.cat([factors.A.float(), delta.A0]),

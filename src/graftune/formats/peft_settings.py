@@ -113,8 +113,8 @@ def _check_kinds(config: dict[str, Any], where: str, version: str) -> None:
     init = config["init_lora_weights"]
     if init not in (*PLAIN_INITS, *REDONE_INITS):
         raise FormatError(
-            f'{where}: "init_lora_weights" is {init!r} ({version}): its weights belong to a changed '
-            "base model that this file doesn't hold. Save it again in PEFT with "
+            f'{where}: "init_lora_weights" is {init!r} ({version}): its weights belong to a '
+            "changed base model that this file doesn't hold. Save it again in PEFT with "
             "path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
         )
     if config["bias"] not in ("none", "all", "lora_only"):
@@ -162,7 +162,7 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def saved_modules(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Returns the modules that are saved whole: their names end, dot or not, in `modules_to_save`."""
+    """Returns the modules saved whole: their names end, dot or not, in `modules_to_save`."""
     wanted = names(config["modules_to_save"])
     return [name for name in modules if wanted and name.endswith(wanted)]
 

@@ -102,7 +102,7 @@ def task_type(model: nn.Module, heads: Sequence[str]) -> str | None:
 
 
 def saved_heads(adapter: Adapter) -> tuple[str, ...]:
-    """Returns the modules that PEFT must save whole: the heads, and those whose tensors they share."""
+    """Returns the modules that PEFT must save whole: heads, and those whose tensors they share."""
     modules = [*adapter.head_names, *(key.rpartition(".")[0] for key in _twins(adapter))]
     return tuple(dict.fromkeys(modules))
 
