@@ -244,7 +244,7 @@ def attach_planned(
     state: Grafts | None = model.__dict__.get(STATE)
     if state is not None:
         _check_place(state, method, name)
-    parts = state.anatomy if state is not None else anatomy(model)  # pyright: ignore[reportArgumentType]
+    parts = state.anatomy if state is not None else anatomy(model)
     grafts, heads = plan(parts)
     state = state or _install(model, parts)
     adapter = Adapter(name, method, model, grafts, heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from graftune.anatomy import order, surroundings, table
 from graftune.anatomy.blocks import find_chains, stack_kind
@@ -14,10 +14,11 @@ from graftune.anatomy.spans import find_spans
 from graftune.errors import AnatomyError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
-def anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anatomy:
+def anatomy(model: nn.Module, given: Anatomy | None = None) -> Anatomy:
     """Returns what `model` is made of: stacks, blocks, spans, projections, norms, heads.
 
     Works on the meta device, on quantised models and on models with adapters attached; the model,
@@ -35,7 +36,9 @@ def anatomy(model: PreTrainedModel, given: Anatomy | None = None) -> Anatomy:
         found = type(model).__name__
         raise AnatomyError(f"anatomy needs a transformers model (PreTrainedModel), not {found}.")
     tree = Tree(model)
-    return check_given(given, tree) if given is not None else _discover(model, tree)
+    if given is not None:
+        return check_given(given, tree)
+    return _discover(cast("PreTrainedModel", model), tree)
 
 
 def _discover(model: PreTrainedModel, tree: Tree) -> Anatomy:

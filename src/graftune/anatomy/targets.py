@@ -13,7 +13,7 @@ from graftune.anatomy.parts import Anatomy, Projection, Role, SpanKind
 from graftune.errors import AnatomyError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
 
 Layers = int | str | Sequence[int] | None
 Key = tuple[str, str]
@@ -97,7 +97,7 @@ def _first(parts: list[Projection]) -> Role:
 
 
 def resolve(
-    model: PreTrainedModel,
+    model: nn.Module,
     anatomy: Anatomy,
     targets: str | Sequence[str],
     layers: Layers = None,

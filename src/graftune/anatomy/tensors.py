@@ -12,15 +12,13 @@ from graftune.anatomy.parts import Anatomy
 from graftune.errors import AnatomyError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
 
 Layers = int | str | Sequence[int] | None
 SUBSETS = ("all", "no-norm", "query+intermediate")
 
 
-def resolve_norms(
-    model: PreTrainedModel, anatomy: Anatomy, layers: Layers = None
-) -> tuple[str, ...]:
+def resolve_norms(model: nn.Module, anatomy: Anatomy, layers: Layers = None) -> tuple[str, ...]:
     """Returns the names of the norms' tensors (weights and biases), heads' norms left out.
 
     Raises:
