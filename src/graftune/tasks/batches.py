@@ -13,7 +13,7 @@ from graftune.training.lengths import PadToLongest
 
 def collator(ready: Ready, side: str = "right") -> PadToLongest:
     """Returns what pads examples to the longest of a batch, on the right or the left side."""
-    pad = ready.tokenizer.pad_token_id
+    pad: Any = ready.tokenizer.pad_token_id
     return PadToLongest(0 if pad is None else int(pad), side=side)
 
 

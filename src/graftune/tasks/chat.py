@@ -63,8 +63,9 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> fr
     """Returns the tokens that end an answer: the tokenizer's and those `generate` stops at."""
     settings: Any = getattr(model, "generation_config", None)
     stops: Any = getattr(settings, "eos_token_id", None)
-    listed = stops if isinstance(stops, list | tuple) else [stops]
-    return frozenset(int(t) for t in (*listed, tokenizer.eos_token_id) if t is not None)
+    listed: list[Any] = list(stops) if isinstance(stops, list | tuple) else [stops]
+    own: Any = tokenizer.eos_token_id
+    return frozenset(int(token) for token in (*listed, own) if token is not None)
 
 
 def tokens_of(
@@ -89,9 +90,10 @@ def tokens_of(
         for i in inside:
             if last is None or i <= last:
                 labels[i] = ids[i]
-    if not closed and messages[-1]["role"] == "assistant" and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
+    end: Any = tokenizer.eos_token_id
+    if not closed and messages[-1]["role"] == "assistant" and end is not None:
+        ids.append(int(end))
+        labels.append(int(end))
     return Turns(ids, labels, closed)
 
 

@@ -199,8 +199,8 @@ def _order(label: str) -> tuple[float, str]:
 def _tokens(examples: Sequence[Example], ready: Ready) -> tuple[list[int], list[dict[str, Any]]]:
     """Returns each example's whole length in tokens, and its tokens cut to the limit."""
     texts = [example.fields["text"] for example in examples]
-    pairs = [example.fields.get("text_pair") for example in examples]
-    second = None if None in pairs else pairs
+    paired = all("text_pair" in example.fields for example in examples)
+    second: Any = [example.fields["text_pair"] for example in examples] if paired else None
     whole = ready.tokenizer(texts, second, verbose=False)
     lengths = [len(ids) for ids in whole["input_ids"]]
     if max(lengths) > ready.max_length:

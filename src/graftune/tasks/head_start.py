@@ -44,7 +44,7 @@ def start_head(ready: Ready, fresh: Sequence[str], splits: Mapping[str, Sequence
     best = best_head(known, targets, len(ready.labels), by="loss")
     with torch.no_grad():
         head.weight.copy_(best.weight)
-        if head.bias is not None:
+        if head.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             head.bias.copy_(best.bias)
     return True
 

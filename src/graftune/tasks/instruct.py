@@ -167,9 +167,10 @@ class Instruct:
         rows = _prompts(examples, ready, max_new_tokens)
         answers: list[dict[str, Any]] = [{} for _ in rows]
         stops = sorted(end_tokens(ready.tokenizer, ready.model))
+        model: Any = ready.model
         for indices, batch in batches_of_like_length(rows, ready, batch_size, side="left"):
             with torch.inference_mode():
-                said: Any = ready.model.generate(
+                said = model.generate(
                     **batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops,
                     pad_token_id=ready.tokenizer.pad_token_id,
                 )  # fmt: skip

@@ -46,7 +46,8 @@ class Predictor:
             from graftune.formats import load
 
             load(ready.model, adapter, ADAPTER_NAME)
-        ready.model.to(_device())
+        model: Any = ready.model
+        model.to(_device())
         return cls(task, ready, told["columns"])
 
     def predict(

@@ -5,6 +5,7 @@ A new task is one file with one class, registered by `@register_task`; nothing e
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -120,8 +121,8 @@ def register_task(cls: T) -> T:
 
 def tasks() -> dict[str, Callable[[], Task]]:
     """Returns the registered task classes by name."""
-    from graftune.tasks import classification, instruct  # noqa: F401  (they register themselves)
-
+    for module in ("classification", "instruct"):  # they register themselves
+        importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)
 
 
