@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy, Projection, resolve, resolve_biases
-from graftune.errors import SettingsError
+from graftune.errors import SettingsError, nearest
 from graftune.methods import _low_rank as low_rank
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
@@ -86,9 +86,23 @@ class LoRA(Method):
         self._check_choice("bias", ("none", "all", "lora_only"))
         if self.init in ("pissa", "olora") and (self.dora or self.lora_bias):
             raise SettingsError(f'LoRA: init "{self.init}" goes with neither dora nor lora_bias.')
-        for pattern, r in (self.rank_pattern or {}).items():
-            if r < 1:
-                raise SettingsError(f'LoRA: rank_pattern["{pattern}"] is {r}, expected at least 1.')
+        if self.init == "pissa" and self.alpha == 0:
+            raise SettingsError('LoRA: init "pissa" divides by alpha, which is 0.')
+        self._check_pattern("rank_pattern", 1)
+        self._check_pattern("alpha_pattern", 0)
+
+    def _check_pattern(self, field: str, low: int) -> None:
+        for pattern, value in (getattr(self, field) or {}).items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SettingsError(
+                    f'LoRA: {field} names "{pattern}", which isn\'t a regular expression: {error}.'
+                ) from error
+            if not (math.isfinite(value) and value >= low):
+                raise SettingsError(
+                    f'LoRA: {field}["{pattern}"] is {value}, expected at least {low}.'
+                )
 
     def scale(self, module: str) -> float:
         """Returns s for a module."""
@@ -139,8 +153,7 @@ class LoRA(Method):
             taps = math.prod(getattr(host, "kernel_size", ()))
             total += r * (fan_in * taps + out) + (self.dora + self.lora_bias) * out
         for module, ids in self._tokens(anatomy).items():
-            host = next(m for n, m in model.named_modules() if n.endswith(module))
-            total += len(ids) * hosts.features(host)[1]
+            total += len(ids) * token_embedding(model, module)[1].embedding_dim
         biases = self._biases(model, anatomy, chosen, empty=True)
         return total + sum(tensor.numel() for graft in biases for _, tensor in graft.tensors())
 
@@ -237,7 +250,8 @@ class LoRA(Method):
         if self.init in ("pissa", "olora"):
             if kind != "linear":
                 raise SettingsError(
-                    f'LoRA: init "{self.init}" needs a linear map, {projection.module} is a {kind}.'
+                    f'LoRA: init "{self.init}" needs a linear map, but {projection.module} is of '
+                    f"kind {kind}."
                 )
             start_from_weight(self.init, delta, _rows_of(hosts.read(host), projection))
         if isinstance(delta, low_rank.Magnitude):
@@ -331,6 +345,23 @@ def start_from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> Non
     delta.start_from_here()
 
 
+def token_embedding(model: nn.Module, module: str) -> tuple[str, nn.Embedding]:
+    """Returns the embedding that a whole name or the end of one means, and its path.
+
+    Raises:
+        SettingsError: if it means none or several.
+    """
+    known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    found = [n for n in known if n == module or n.endswith(f".{module}")]
+    if len(found) != 1:
+        raise SettingsError(
+            f'LoRA: trainable_tokens names "{module}", which means {len(found) or "no"} '
+            f"embedding{'s' if len(found) > 1 else ''}; there are {', '.join(known) or 'none'}."
+            f"{nearest(module, known)}"
+        )
+    return found[0], known[found[0]]
+
+
 def token_grafts(
     model: nn.Module, anatomy: Anatomy, module: str, ids: tuple[int, ...]
 ) -> list[Graft]:
@@ -339,9 +370,7 @@ def token_grafts(
     Raises:
         SettingsError: if the module is no embedding, or an id isn't in it.
     """
-    matches = [n for n, _ in model.named_modules() if n == module or n.endswith(f".{module}")]
-    if len(matches) != 1 or not isinstance(host := model.get_submodule(matches[0]), nn.Embedding):
-        raise SettingsError(f'LoRA: trainable_tokens names "{module}", which is no embedding.')
+    path, host = token_embedding(model, module)
     wrong = [i for i in ids if not 0 <= i < host.num_embeddings]
     if wrong or len(set(ids)) != len(ids) or not ids:
         raise SettingsError(
@@ -352,10 +381,10 @@ def token_grafts(
     options = hosts.delta_options(host)
     rows = host.weight.detach()[at].to(**options, copy=True)  # type: ignore[call-overload]
     delta = low_rank.TokenRows(at, rows)
-    grafts = [Graft(LinearPlace(matches[0], "tokens"), delta)]
+    grafts = [Graft(LinearPlace(path, "tokens"), delta)]
     for name, module_ in model.named_modules():
         tied = isinstance(module_, nn.Embedding) and module_.weight is host.weight
-        if tied and name != matches[0]:
+        if tied and name != path:
             grafts.append(Graft(LinearPlace(name, "tokens"), low_rank.TokenTwin(delta)))
     output = anatomy.output_embeddings
     if output is not None and model.get_submodule(output).weight is host.weight:
