@@ -28,8 +28,12 @@ REFUSALS: dict[tuple[str, str, str], str] = {
 }
 """(invariant, method, family) that can't be, with the words of the error that says so."""
 
-BASE_DEPENDS_ON_PADDING = {("deberta-v2", "left")}
-"""Where the base itself answers otherwise when padded: DeBERTa pools the first position."""
+BASE_DEPENDS_ON_PADDING = {
+    (family, "left")
+    for family in ("bert", "roberta", "electra", "deberta-v2", "distilbert", "modernbert", "bart")
+}
+"""Where the base itself answers otherwise when padded: encoders pool the first position, and
+BART's encoder counts positions from the padding on."""
 
 CASES = [(m, f) for f in FAMILIES for m in METHODS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")

@@ -110,3 +110,14 @@ def _below(name: str, modules: tuple[str, ...]) -> bool:
 
 def _quoted(name: Any) -> str:
     return f' "{name}"' if name else ""
+
+
+def embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Returns the model's input and output embeddings, None for what its class doesn't name."""
+    found: list[nn.Module | None] = []
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, ask, lambda: None)())
+        except NotImplementedError:  # CLIPModel has two towers, and names neither
+            found.append(None)
+    return found[0], found[1]

@@ -18,7 +18,7 @@ from graftune.anatomy import Anatomy
 from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats import factors as forms
 from graftune.formats import peft_settings as rules
-from graftune.formats.base import base_name
+from graftune.formats.base import base_name, embeddings
 from graftune.formats.factors import Factors, Slice
 from graftune.formats.peft_writing import is_below
 from graftune.formats.tensors import listed
@@ -408,18 +408,14 @@ def _token_modules(reading: Reading) -> dict[str, list[int]]:
     if not tokens:
         return {}
     if isinstance(tokens, list):
-        inputs = getattr(reading.model, "get_input_embeddings", lambda: None)()
+        inputs, _ = embeddings(reading.model)
         found = [name for name, module in modules.items() if module is inputs]
         return {found[0]: tokens} if found else {}
     return {name: ids for end, ids in tokens.items() for name in modules if name.endswith(end)}
 
 
 def _embedding_paths(reading: Reading) -> set[str]:
-    kinds = (
-        getattr(reading.model, "get_input_embeddings", lambda: None)(),
-        getattr(reading.model, "get_output_embeddings", lambda: None)(),
-    )
-    wanted = {id(kind) for kind in kinds if kind is not None}
+    wanted = {id(module) for module in embeddings(reading.model) if module is not None}
     return {name for name, module in reading.modules.items() if id(module) in wanted}
 
 

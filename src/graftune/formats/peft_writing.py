@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from graftune.formats import factors as forms
-from graftune.formats.base import base_name
+from graftune.formats.base import base_name, embeddings
 from graftune.formats.factors import Factors
 from graftune.formats.peft_settings import (
     DEFAULTS,
@@ -230,8 +230,8 @@ def _tokens(adapter: Adapter) -> list[int] | dict[str, list[int]] | None:
         for graft in adapter.grafts
         if isinstance(graft.delta, TokenRows)
     }
-    embeddings = getattr(adapter.model, "get_input_embeddings", lambda: None)()
-    if len(found) == 1 and adapter.model.get_submodule(next(iter(found))) is embeddings:
+    inputs, _ = embeddings(adapter.model)
+    if len(found) == 1 and adapter.model.get_submodule(next(iter(found))) is inputs:
         return next(iter(found.values()))
     return found or None
 

@@ -105,7 +105,8 @@ class ParameterSite(Site):
             for name, delta in deltas._modules.items() if deltas is not None else ():
                 base = host._parameters.get(name)
                 assert isinstance(delta, ParameterDelta)
-                values[name] = delta.forward(values.get(name, base), base)
+                value = delta.forward(values.get(name, base), base)
+                values[name] = value if base is not None else _as_computed(value, host)
         return values
 
     def after(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -131,6 +132,12 @@ class ParameterSite(Site):
                 with self.active.pinned(Plan.of_names(names)):
                     parts.append((at, host(*_rows(args, at, batch), **_rows(kwargs, at, batch))))
         return _put(output, parts)
+
+
+def _as_computed(value: Tensor, host: nn.Module) -> Tensor:
+    """Returns a tensor that the host lacks in the dtype that its others have."""
+    weight = host._parameters.get("weight")
+    return value if weight is None or not weight.is_floating_point() else value.to(weight.dtype)
 
 
 def _rows(given: Any, at: Tensor, batch: int) -> Any:
