@@ -247,12 +247,19 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _doc_comments(cls: type) -> dict[str, str]:
-    """Returns the string below each annotated field, of the class and its bases."""
+    """Returns the string below each annotated field, of the class and its bases.
+
+    A class typed at a prompt, or shipped without its source, has none.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         if not dataclasses.is_dataclass(base):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+        body = ast.parse(textwrap.dedent(source)).body[0]
         assert isinstance(body, ast.ClassDef)
         for here, below in zip(body.body, body.body[1:], strict=False):
             if isinstance(here, ast.AnnAssign) and isinstance(below, ast.Expr):
