@@ -1,0 +1,154 @@
+"""The papers' numbers of trained parameters, on the real sizes of models on the meta device.
+
+Each is checked twice: the method's formula, and the tensors of the adapter that is attached.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import graftune as gt
+from graftune.errors import AdapterError, SettingsError
+from graftune.methods.base import Method
+
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+T5 = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+T0 = {
+    "d_model": 2048,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_heads": 32,
+    "feed_forward_proj": "gated-gelu",
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT-base": ("Bert", {}),
+    "BERT-large": ("Bert", LARGE),
+    "RoBERTa-base": ("Roberta", ROBERTA),
+    "RoBERTa-large": ("Roberta", {**ROBERTA, **LARGE}),
+    "GPT-2": ("GPT2", {}),
+    "LLaMA-7B": ("Llama", {}),
+    "T5-base": ("T5", T5),
+    "T0-3B": ("T5", T0),
+    "ViT-B/16": ("ViT", {}),
+    "BART-large": ("Bart", {}),
+}
+CLASSES = {"GPT2": "LMHeadModel", "Llama": "ForCausalLM", "T5": "ForConditionalGeneration"}
+
+TOTALS = {
+    "BERT-base": 109_482_240,
+    "BERT-large": 335_141_888,
+    "RoBERTa-base": 124_645_632,
+    "GPT-2": 124_439_808,
+    "LLaMA-7B": 6_738_415_616,
+    "T5-base": 222_903_552,
+    "ViT-B/16": 86_389_248,
+}
+COUNTS: list[tuple[str, Method, int]] = [
+    ("BERT-base", gt.LoRA(targets="qv"), 294_912),
+    ("RoBERTa-large", gt.LoRA(targets="qv"), 786_432),
+    ("ViT-B/16", gt.LoRA(targets="qv", r=16), 589_824),
+    ("T5-base", gt.LoRA(targets="qv"), 884_736),
+    ("T0-3B", gt.LoRA(targets="qv"), 4_718_592),
+    ("LLaMA-7B", gt.LoRA(targets="qv"), 4_194_304),
+    ("LLaMA-7B", gt.LoRA(targets="qv", r=64), 33_554_432),
+    ("LLaMA-7B", gt.LoRA(targets="attention"), 8_388_608),
+    ("LLaMA-7B", gt.LoRA(), 19_988_480),
+    ("LLaMA-7B", gt.LoRA(targets="all-linear", r=64), 159_907_840),
+    ("BERT-base", gt.BitFit(), 102_912),
+    ("BERT-large", gt.BitFit(), 272_384),
+    ("RoBERTa-base", gt.BitFit(), 102_912),
+    ("GPT-2", gt.BitFit(), 102_144),
+    ("ViT-B/16", gt.BitFit(), 103_680),
+    ("BART-large", gt.BitFit(), 333_824),
+    ("BERT-base", gt.BitFit(subset="query+intermediate"), 46_080),
+    ("BERT-large", gt.BitFit(subset="query+intermediate"), 122_880),
+    *((name, gt.FullFineTuning(), total) for name, total in TOTALS.items()),
+    ("BERT-base", gt.FullFineTuning(keep_base=True), TOTALS["BERT-base"]),
+]
+
+
+@functools.cache
+def model_of(name: str) -> nn.Module:
+    kind, settings = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    with torch.device("meta"):
+        return getattr(transformers, kind + CLASSES.get(kind, "Model"))(config)
+
+
+@pytest.mark.parametrize(("name", "method", "expected"), COUNTS)
+def test_formula_and_tensors_are_the_papers_number(
+    name: str, method: Method, expected: int
+) -> None:
+    model = model_of(name)
+    assert method.count(model, gt.anatomy(model)) == expected
+    adapter = gt.attach(model, method)
+    try:
+        assert adapter.count() == expected
+        assert all(tensor.is_meta for tensor in adapter.parameters())
+        summary = gt.summary(model)
+        assert summary.trainable == expected
+        assert summary.base == TOTALS.get(name, summary.base)
+        assert summary.bytes == 4 * expected
+    finally:
+        take_off(model, name)
+
+
+@pytest.mark.parametrize("name", ["T5-base", "LLaMA-7B"])
+def test_a_model_without_biases_has_none_to_train(name: str) -> None:
+    model = model_of(name)
+    parts = gt.anatomy(model)
+    assert gt.BitFit().count(model, parts) == 0
+    with pytest.raises(SettingsError, match=r"has no biases outside its head.*add_missing=True"):
+        gt.attach(model, gt.BitFit())
+    assert gt.adapters(model) == {}
+
+
+def test_missing_biases_are_one_for_each_output_of_the_blocks() -> None:
+    model = model_of("LLaMA-7B")
+    widths = 32 * (4 * 4096 + 2 * 11008 + 4096)
+    method = gt.BitFit(add_missing=True)
+    assert method.count(model, gt.anatomy(model)) == widths
+    assert gt.attach(model, method).count() == widths
+    take_off(model, "LLaMA-7B")
+
+
+@pytest.mark.parametrize(
+    ("more", "extra"),
+    [
+        ({"dora": True}, 24 * 768),
+        ({"lora_bias": True}, 24 * 768),
+        ({"bias": "lora_only"}, 24 * 768),
+        ({"bias": "all"}, 102_912),
+        ({"trainable_tokens": (5, 6, 7)}, 3 * 768),
+        ({"layers": -1}, -11 * 2 * 8 * 1536),
+        ({"rank_pattern": {"query": 2}}, -12 * 6 * 1536),
+    ],
+)
+def test_settings_change_the_count_as_the_formula_says(more: dict[str, Any], extra: int) -> None:
+    model = model_of("BERT-base")
+    method = gt.LoRA(targets="qv", **more)
+    assert method.count(model, gt.anatomy(model)) == 294_912 + extra
+    assert gt.attach(model, method).count() == 294_912 + extra
+    take_off(model, "BERT-base")
+
+
+def take_off(model: nn.Module, name: str) -> None:
+    """Leaves the cached model plain; one trained in place is built anew."""
+    try:
+        gt.activate(model, None)
+        gt.detach(model, "default")
+    except AdapterError:
+        model_of.cache_clear()
