@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -66,7 +67,16 @@ class Plan:
         return self._indices[key]
 
 
-_overrides: ContextVar[tuple[tuple[int, Plan], ...]] = ContextVar("overrides", default=())
+@dataclass(eq=False)
+class Pin:
+    """One `pinned` block: a task started inside it inherits it, until the block ends."""
+
+    active: Active
+    plan: Plan
+    is_live: bool = True
+
+
+_pins: ContextVar[tuple[Pin, ...]] = ContextVar("pins", default=())
 
 
 class Active:
@@ -79,6 +89,7 @@ class Active:
     def __init__(self) -> None:
         self.plan = Plan.of(None)
         self.overridden = 0
+        self._counting = threading.Lock()
 
     def set(self, composition: Composition) -> None:
         """Makes a composition the one in force for every thread."""
@@ -87,29 +98,35 @@ class Active:
     def current(self) -> Plan:
         """Returns the plan in force for the caller."""
         if self.overridden:
-            for key, plan in reversed(_overrides.get()):
-                if key == id(self):
-                    return plan
+            for pin in reversed(_pins.get()):
+                if pin.active is self and pin.is_live:
+                    return pin.plan
         return self.plan
 
     @contextlib.contextmanager
     def pinned(self, plan: Plan) -> Iterator[None]:
         """Puts a plan in force for the caller's thread or task until the block ends."""
-        self.overridden += 1
-        token = _overrides.set((*_overrides.get(), (id(self), plan)))
+        pin = Pin(self, plan)
+        self._count(1)
+        token = _pins.set((*_pins.get(), pin))
         try:
             yield
         finally:
-            _overrides.reset(token)
-            self.overridden -= 1
+            pin.is_live = False
+            self._count(-1)
+            _pins.reset(token)
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self.overridden += more
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves live contexts behind: a copy starts with the plan set for good."""
         return {"plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
         self.plan = state["plan"]
-        self.overridden = 0
 
 
 class Recompute:
