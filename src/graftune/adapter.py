@@ -396,9 +396,8 @@ def insert(state: Grafts, name: str, grafts: Iterable[Graft]) -> None:
             reader = model.get_submodule(alias[0].rpartition(".")[0]) if unread else None
             owner = twin if unread else None
             site = _site(twin, "parameters", lambda o=owner: ParameterSite(active, o), reader)
-            if name not in site._modules:
-                site._modules[name] = nn.Module()
-            site._modules[name]._modules[alias[1]] = graft.delta  # type: ignore[union-attr]
+            assert isinstance(site, ParameterSite)
+            site.put(name, alias[1], graft.delta)
     forget_compiled()
 
 
@@ -412,7 +411,7 @@ def remove(model: nn.Module, name: str, grafts: Iterable[Graft]) -> None:
             assert isinstance(site, Site)
             site._modules.pop(name, None)
             if not site._modules:
-                site.unhook()
+                site.unhook(host)
                 del deltas._modules[key]
         if not deltas._modules:
             del host._modules["deltas"]

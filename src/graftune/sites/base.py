@@ -194,8 +194,8 @@ class Site(nn.Module):
         """Registers this site's hooks on the host."""
         raise NotImplementedError
 
-    def unhook(self) -> None:
-        """Takes the hooks away."""
+    def unhook(self, host: nn.Module) -> None:
+        """Takes the hooks away, and what they may have left on the host."""
         for handle in self.handles:
             handle.remove()
         self.handles = []

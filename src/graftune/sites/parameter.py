@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graftune.errors import AdapterError
 from graftune.sites import hosts
-from graftune.sites.base import Graft, ParameterDelta, ParameterPlace, Site
+from graftune.sites.base import Delta, Graft, ParameterDelta, ParameterPlace, Site
 from graftune.sites.state import Active, Plan
 
 
@@ -80,6 +80,16 @@ class ParameterSite(Site):
     def __init__(self, active: Active, owner: nn.Module | None = None) -> None:
         super().__init__(active)
         self.owner = (owner,)
+        self.tensors: tuple[str, ...] = ()
+
+    def put(self, adapter: str, tensor: str, delta: Delta) -> None:
+        """Adds an adapter's delta of one of the host's tensors."""
+        if adapter not in self._modules:
+            self._modules[adapter] = nn.Module()
+        deltas = self._modules[adapter]
+        assert deltas is not None
+        deltas._modules[tensor] = delta
+        self.tensors = tuple(dict.fromkeys((*self.tensors, tensor)))
 
     def hook(self, host: nn.Module) -> None:
         """Registers the pair of hooks; the second runs even if the forward fails."""
@@ -88,12 +98,22 @@ class ParameterSite(Site):
             host.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
 
+    def unhook(self, host: nn.Module) -> None:
+        """See `Site.unhook`."""
+        super().unhook(host)
+        self.clear(host)
+
+    def clear(self, owner: nn.Module) -> None:
+        """Takes other tensors out of the owner's instance dictionary."""
+        for name in self.tensors:
+            owner.__dict__.pop(name, None)
+
     def before(self, host: nn.Module, args: Any) -> None:
         """Puts the active tensors in place. The forward pre-hook."""
-        active = self.active
+        active, owner = self.active, self.owner[0] or host
+        self.clear(owner)  # torch runs no hook after Ctrl-C, so a forward may have left its own
         plan = active.current() if active.overridden else active.plan
         if plan.groups is None:
-            owner = self.owner[0] or host
             for name, value in self.values(plan.names, owner).items():
                 owner.__dict__[name] = value
 
@@ -111,10 +131,7 @@ class ParameterSite(Site):
 
     def after(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Takes the tensors away, or answers for each group of rows. The forward hook."""
-        owner = self.owner[0] or host
-        for deltas in self._modules.values():
-            for name in deltas._modules if deltas is not None else ():
-                owner.__dict__.pop(name, None)
+        self.clear(self.owner[0] or host)
         plan = self.active.current()
         if plan.groups is None or not any(name in self._modules for name in plan.names):
             return None
