@@ -35,6 +35,9 @@ BASE_DEPENDS_ON_PADDING = {
 """Where the base itself answers otherwise when padded: encoders pool the first position, and
 BART's encoder counts positions from the padding on."""
 
+EAGER_ONLY = ("gemma2",)
+"""Families whose own logits differ between attention kernels (it caps scores in eager alone)."""
+
 CASES = [(m, f) for f in FAMILIES for m in METHODS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")
 """Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D,

@@ -16,6 +16,7 @@ from graftune.errors import AdapterError
 from tests.contract.subjects import (
     BASE_DEPENDS_ON_PADDING,
     CASES,
+    EAGER_ONLY,
     FAMILIES,
     KINDS,
     METHODS,
@@ -275,7 +276,9 @@ def test_compiles_also_when_attached_late(subject: Subject) -> None:
         torch.testing.assert_close(logits(compiled, subject.inputs), base)
 
 
-@some_cases
+@pytest.mark.parametrize(
+    ("method", "family"), [(m, f) for m, f in CASES if f in KINDS and f not in EAGER_ONLY]
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_kernels_agree(subject: Subject, attention: str) -> None:
     subject.attach()

@@ -55,7 +55,9 @@ def test_a_save_replaces_the_directory_and_leaves_nothing_beside_it(tmp_path: Pa
 @pytest.mark.usefixtures("any_kernel")
 def test_kill_at_any_moment_leaves_a_whole_directory(tmp_path: Path) -> None:
     path = tmp_path / "a"
+    started = time.perf_counter()
     write(path, 0)
+    some_saves = max(0.02, 6 * (time.perf_counter() - started))
     seen = set()
     for attempt in range(50):
         child = os.fork()
@@ -64,7 +66,7 @@ def test_kill_at_any_moment_leaves_a_whole_directory(tmp_path: Path) -> None:
             while True:  # until it is killed
                 write(path, version)
                 version = version % 200 + 1
-        time.sleep(random.Random(attempt).uniform(0.0, 0.02))
+        time.sleep(random.Random(attempt).uniform(0.0, some_saves))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         seen.add(version_of(path))

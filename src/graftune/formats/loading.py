@@ -141,8 +141,8 @@ def _load_own(
 ) -> Adapter:
     if found.own is None:
         raise FormatError(
-            f"{where} is of type {found.config['peft_type']}, written by PEFT; of its types this "
-            "version reads LORA."
+            f"{where} is of type {found.config['peft_type']}, written by HF PEFT; of its types "
+            "this version reads LORA."
         )
     method, heads = _method(found, where), tuple(found.own.get("heads", ()))
     named = peft_reading.without_prefix(tensors)

@@ -107,8 +107,8 @@ def test_nasty_labels_and_texts_are_escaped():
 def test_first_line_says_the_score_its_interval_and_the_trained_share():
     heading = re.search(r"<h1>(.*?)</h1>", render_report(full())).group(1)
     assert re.fullmatch(
-        r"LoRA: \d\d\.\d % \(\d\d\.\d–\d\d\.\d %\) accuracy on 270 test rows, "
-        r"1\.3 % of the parameters trained",
+        r"LoRA: \d\d\.\d\s% \(\d\d\.\d–\d\d\.\d\s%\) accuracy on 270 test rows, "
+        r"1\.3\s% of the parameters trained",
         heading,
     )
 
