@@ -129,9 +129,7 @@ def _of_hub(spec: str) -> Path | str:
 
     near = nearest_demo(spec)
     if DEMO + spec in DEMOS:
-        raise SettingsError(
-            f'the base model "{spec}" is no folder; a demo has a prefix.{near}'
-        )
+        raise SettingsError(f'the base model "{spec}" is no folder; a demo has a prefix.{near}')
     try:
         validate_repo_id(spec)
         cached = try_to_load_from_cache(spec, "config.json")
