@@ -100,14 +100,29 @@ def _check(state: Grafts, adapters: Composition) -> None:
 
 
 def _changed_tensors(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[str, str], Tensor]:
-    """Returns the new value of every tensor that the adapters change, by (module, name)."""
+    """Returns the new value of every tensor that the adapters change, by (module, name).
+
+    Tensor by tensor, so that one at a time is held in float32, and rounded once.
+    """
     changed: dict[tuple[str, str], Tensor] = {}
+    steps: dict[tuple[str, str], list[tuple[Adapter, Graft]]] = {}
+    for adapter in adapters:
+        for graft in adapter.grafts:
+            if not graft.delta.follows:
+                key = (graft.place.module, graft.place.parameter)
+                steps.setdefault(key, []).append((adapter, graft))
     with torch.no_grad():
-        for adapter in adapters:
-            for graft in adapter.grafts:
-                if not graft.delta.follows:
-                    _add(model, adapter, graft, changed)
-    return changed
+        for key, some in steps.items():
+            for adapter, graft in some:
+                _add(model, adapter, graft, changed)
+            changed[key] = _narrow(model, key, changed[key])
+        return {key: _narrow(model, key, value) for key, value in changed.items()}
+
+
+def _narrow(model: nn.Module, key: tuple[str, str], value: Tensor) -> Tensor:
+    old = model.get_submodule(key[0])._parameters[key[1]]
+    assert old is not None
+    return value.to(old.dtype).contiguous()
 
 
 def _add(
@@ -150,7 +165,7 @@ def _merged_weight(host: nn.Module, place: LinearPlace, delta: Delta, weight: Te
         wide = wide.clone()
         at = torch.cat([torch.arange(a, b, device=wide.device) for a, b in place.rows])
         wide[at] = delta.merged(wide[at], host)
-    return hosts.oriented(host, wide).to(weight.dtype).contiguous()
+    return hosts.oriented(host, wide)
 
 
 def _add_bias(
@@ -166,8 +181,7 @@ def _add_bias(
             "none to write it into."
         )
     key = (place.module, "bias")
-    now = changed.get(key, bias.detach())
-    changed[key] = now + change.to(now.dtype)
+    changed[key] = changed.get(key, bias.detach()) + change
 
 
 def _replace(model: nn.Module, record: Merged, path: str, name: str, value: Tensor) -> None:
