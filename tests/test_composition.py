@@ -1,0 +1,89 @@
+"""Which adapters act together: what a composition may be, and the names in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import graftune as gt
+from graftune.composition import check_names, members_of
+from graftune.errors import AdapterError
+
+names = st.text("abc", min_size=1, max_size=2)
+stacks = st.lists(names, min_size=1, max_size=3, unique=True).map(lambda n: gt.Stack(*n))
+members = st.lists(st.none() | names | stacks, min_size=1, max_size=6)
+
+
+def test_a_stack_keeps_its_order() -> None:
+    assert gt.Stack("b", "a").names == ("b", "a")
+    assert gt.Stack("b", "a") == gt.Stack("b", "a")
+    assert gt.Stack("b", "a") != gt.Stack("a", "b")
+    assert len({gt.Stack("a"), gt.Stack("a")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given_names", "message"),
+    [
+        ((), r"Stack needs one or more different names, found \[\]"),
+        (("a", "a"), r"Stack needs one or more different names, found \['a', 'a'\]"),
+        ((["a", "b"],), r"Stack takes adapters' names, found \['a', 'b'\]"),
+        (("a", None), "Stack takes adapters' names, found None"),
+    ],
+)
+def test_a_stack_of_anything_else_is_refused(given_names: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        gt.Stack(*given_names)
+
+
+@pytest.mark.parametrize(
+    ("given_members", "message"),
+    [
+        ([], "Rows needs one member per row of the batch, found none"),
+        (["a", 3], "Rows takes names, Stacks or None, found 3"),
+        ([["a"]], r"Rows takes names, Stacks or None, found \['a'\]"),
+        ([gt.Rows(["a"])], "Rows takes names, Stacks or None, found Rows"),
+    ],
+)
+def test_rows_of_anything_else_are_refused(given_members: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        gt.Rows(given_members)
+
+
+@pytest.mark.parametrize("wrong", [3, ["a"], ("a",), {"a"}, b"a"])
+def test_what_is_no_composition_is_refused(wrong: Any) -> None:
+    with pytest.raises(AdapterError, match="A composition is a name, None") as error:
+        members_of(wrong)
+    assert repr(wrong) in str(error.value)
+
+
+@given(members)
+def test_rows_name_each_adapter_once_in_order(given_members: list[Any]) -> None:
+    rows = gt.Rows(iter(given_members))
+    assert len(rows.members) == len(given_members)
+    every = [name for member in given_members for name in members_of(member)]
+    assert members_of(rows) == rows.names == tuple(dict.fromkeys(every))
+
+
+@given(members, st.lists(names, unique=True))
+def test_names_are_known_or_the_first_that_is_not_is_named(
+    given_members: list[Any], known: list[str]
+) -> None:
+    rows = gt.Rows(given_members)
+    unknown = [name for name in rows.names if name not in known]
+    if not unknown:
+        check_names(rows, known)
+        return
+    with pytest.raises(AdapterError) as error:
+        check_names(rows, known)
+    assert f'No adapter is named "{unknown[0]}"; attached: ' in str(error.value)
+    assert all(f'"{name}"' in str(error.value) for name in known)
+
+
+def test_an_unknown_name_is_told_the_nearest() -> None:
+    with pytest.raises(AdapterError, match=r'named "intnets"; .* Did you mean "intents"\?'):
+        check_names("intnets", ["spam", "intents"])
+    with pytest.raises(AdapterError, match=r"attached: none\.$"):
+        check_names("intents", [])
