@@ -111,6 +111,8 @@ class ParameterSite(Site):
     def before(self, host: nn.Module, args: Any) -> None:
         """Puts the active tensors in place. The forward pre-hook."""
         active, owner = self.active, self.owner[0] or host
+        if active.overridden and not torch.compiler.is_compiling():
+            active.turn.take()
         self.clear(owner)  # torch runs no hook after Ctrl-C, so a forward may have left its own
         plan = active.current() if active.overridden else active.plan
         if plan.groups is None:
@@ -132,6 +134,8 @@ class ParameterSite(Site):
     def after(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Takes the tensors away, or answers for each group of rows. The forward hook."""
         self.clear(self.owner[0] or host)
+        if not torch.compiler.is_compiling() and self.active.turn.held:
+            self.active.turn.drop(self.active.turn.held - 1)
         plan = self.active.current()
         if plan.groups is None or not any(name in self._modules for name in plan.names):
             return None

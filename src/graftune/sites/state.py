@@ -79,6 +79,34 @@ class Pin:
 _pins: ContextVar[tuple[Pin, ...]] = ContextVar("pins", default=())
 
 
+class Turn:
+    """Lets one thread at a time run a host whose tensors are others: they hang on the host itself.
+
+    A thread takes it before the host's forward and drops it after; what an interrupted forward
+    kept, the end of its `using` drops.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._mine = threading.local()
+
+    @property
+    def held(self) -> int:
+        """How often the calling thread has taken it."""
+        return getattr(self._mine, "held", 0)
+
+    def take(self) -> None:
+        """Waits until no other thread has it."""
+        self._lock.acquire()
+        self._mine.held = self.held + 1
+
+    def drop(self, down_to: int) -> None:
+        """Gives back what the calling thread took beyond `down_to` times."""
+        while self.held > down_to:
+            self._mine.held -= 1
+            self._lock.release()
+
+
 class Active:
     """The state that a model's sites share: the plan in force.
 
@@ -89,6 +117,7 @@ class Active:
     def __init__(self) -> None:
         self.plan = Plan.of(None)
         self.overridden = 0
+        self.turn = Turn()
         self._counting = threading.Lock()
 
     def set(self, composition: Composition) -> None:
@@ -106,13 +135,14 @@ class Active:
     @contextlib.contextmanager
     def pinned(self, plan: Plan) -> Iterator[None]:
         """Puts a plan in force for the caller's thread or task until the block ends."""
-        pin = Pin(self, plan)
+        pin, held = Pin(self, plan), self.turn.held
         self._count(1)
         token = _pins.set((*_pins.get(), pin))
         try:
             yield
         finally:
             pin.is_live = False
+            self.turn.drop(held)
             self._count(-1)
             _pins.reset(token)
 
