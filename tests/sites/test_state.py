@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import pickle
 import threading
@@ -218,3 +219,62 @@ def test_pins_of_threads_are_counted_whole() -> None:
         thread.join(60)
     assert active.overridden == 0
     assert active.current().names == ()
+
+
+@pytest.mark.parametrize("name", ["classifier", "bert.encoder.layer.0.intermediate.dense"])
+def test_threads_never_see_each_others_tensors(name: str) -> None:
+    """A host whose tensors are others serves one thread at a time."""
+    model = FAMILIES["bert"].build()
+    for seed, adapter in enumerate("ab"):
+        shake(gt.attach(model, gt.BitFit(), adapter, seed=seed), seed)
+    gt.activate(model, None)
+    expected: dict[str, Tensor] = {}
+    for adapter in "ab":
+        with gt.using(model, adapter):
+            expected[adapter] = logits(model, INPUTS)
+    gate = threading.Barrier(2)
+
+    def meet(*_: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            gate.wait(0.5)  # both are inside the host now, if it lets them
+
+    handle = model.get_submodule(name).register_forward_pre_hook(meet)
+    found: dict[str, Tensor] = {}
+
+    def serve(adapter: str) -> None:
+        with gt.using(model, adapter):
+            found[adapter] = logits(model, INPUTS)
+
+    threads = [threading.Thread(target=serve, args=(adapter,)) for adapter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    handle.remove()
+    assert {n: torch.equal(found[n], expected[n]) for n in "ab"} == {"a": True, "b": True}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_thread_that_stops_inside_a_host_lets_the_others_in(error: type[BaseException]) -> None:
+    model = FAMILIES["bert"].build()
+    shake(gt.attach(model, gt.BitFit(), "a"), seed=1)
+    expected = logits(model, INPUTS)
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    handle = model.classifier.register_forward_pre_hook(stop)
+    with pytest.raises(error), gt.using(model, "a"):
+        logits(model, INPUTS)
+    handle.remove()
+    found: list[Tensor] = []
+
+    def serve() -> None:
+        with gt.using(model, "a"):
+            found.append(logits(model, INPUTS))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert torch.equal(found[0], expected)
