@@ -129,9 +129,9 @@ def test_a_missing_tensors_values_add() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "gemma2"])
 def test_a_tied_tensors_value_is_seen_by_all_that_are_tied(family: str) -> None:
-    model = FAMILIES[family].build()
+    model: Any = FAMILIES[family].build()
     adapter = gt.attach(model, gt.FullFineTuning(keep_base=True))
-    tied: Any = next(t for n, t in adapter.named_parameters() if t.shape == (99, 32))
+    tied: Any = next(t for t in adapter.parameters() if t.shape == (99, 32))
     with torch.no_grad():
         tied.add_(1)
     base = model.get_output_embeddings()._parameters["weight"]
@@ -145,13 +145,12 @@ def test_a_tied_tensors_value_is_seen_by_all_that_are_tied(family: str) -> None:
 
 def test_rows_of_heads_of_two_sizes_are_refused_in_one_batch() -> None:
     model, inputs = bert("a"), FAMILIES["bert"].inputs()
-    adapter = gt.adapters(model)["a"]
-    for name, graft in {g.place.parameter: g for g in adapter.grafts[-2:]}.items():  # type: ignore[union-attr]
-        shape = (5, 32) if name == "weight" else (5,)
-        graft.delta.value = nn.Parameter(torch.randn(shape))  # type: ignore[assignment]
-    with pytest.raises(AdapterError, match="Rows mixes heads of different sizes"):  # noqa: SIM117
-        with gt.using(model, gt.Rows(["a", None])):
-            logits(model, inputs)
+    head: Any = model.classifier.deltas["a"]
+    head.weight.value = nn.Parameter(torch.randn(5, 32))
+    head.bias.value = nn.Parameter(torch.randn(5))
+    sizes = pytest.raises(AdapterError, match="Rows mixes heads of different sizes")
+    with gt.using(model, gt.Rows(["a", None])), sizes:
+        logits(model, inputs)
     with gt.using(model, gt.Rows(["a", "a"])):
         assert logits(model, inputs).shape == (2, 5)
 
