@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,9 @@ from graftune.anatomy import Anatomy, anatomy
 from graftune.composition import Composition, Rows, check_names, members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
-from graftune.sites.base import Deltas, Graft, LinearPlace, Site, base_modules
-from graftune.sites.linear import LinearSite
-from graftune.sites.parameter import ParameterSite, own_value
+from graftune.sites.base import Graft
+from graftune.sites.parameter import own_value
+from graftune.sites.placing import forget_compiled, insert, remove
 from graftune.sites.state import Active, Plan, carry_plan_through_checkpoints
 
 if TYPE_CHECKING:
@@ -249,7 +248,7 @@ def attach_planned(
     state = state or _install(model, parts)
     adapter = Adapter(name, method, model, grafts, heads)
     state.adapters[name] = adapter
-    insert(state, name, grafts)
+    insert(model, state.active, name, grafts, parts.read_by_parent)
     _set_active(state, name)
     state.tell_transformers()
     return adapter
@@ -296,7 +295,7 @@ def detach(model: nn.Module, name: str) -> None:
     check_names(name, state.adapters)
     adapter = state.adapters[name]
     _check_removable(state, adapter)
-    remove(model, name, adapter.grafts)
+    remove(model, name)
     del state.adapters[name]
     state.tell_transformers()
     if not state.adapters:
@@ -376,84 +375,10 @@ def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[st
     return tuple(dict.fromkeys(found))
 
 
-def insert(state: Grafts, name: str, grafts: Iterable[Graft]) -> None:
-    """Hangs deltas below their hosts, and hooks on those that have none yet."""
-    model, active = state.model, state.active
-    aliases = tensor_names(model)
-    for graft in grafts:
-        place, host = graft.place, model.get_submodule(graft.place.module)
-        graft.delta.train(host.training)
-        if isinstance(place, LinearPlace):
-            device = next(host.parameters()).device
-            site = _site(host, place.site, lambda d=device, p=place: LinearSite(active, p.rows, d))
-            site._modules[name] = graft.delta
-            continue
-        tensor = host._parameters.get(place.parameter)
-        alone = [(place.module, place.parameter)]
-        for alias in aliases.get(id(tensor), alone) if graft.delta.shared else alone:
-            twin = model.get_submodule(alias[0])
-            unread = alias[0] in state.anatomy.read_by_parent
-            reader = model.get_submodule(alias[0].rpartition(".")[0]) if unread else None
-            owner = twin if unread else None
-            site = _site(twin, "parameters", lambda o=owner: ParameterSite(active, o), reader)
-            assert isinstance(site, ParameterSite)
-            site.put(name, alias[1], graft.delta)
-    forget_compiled()
-
-
-def remove(model: nn.Module, name: str, grafts: Iterable[Graft]) -> None:
-    """Takes an adapter's deltas out of the tree, and the sites that it leaves empty."""
-    for host in list(model.modules()):
-        deltas = host._modules.get("deltas")
-        if not isinstance(deltas, Deltas):
-            continue
-        for key, site in list(deltas._modules.items()):
-            assert isinstance(site, Site)
-            site._modules.pop(name, None)
-            if not site._modules:
-                site.unhook(host)
-                del deltas._modules[key]
-        if not deltas._modules:
-            del host._modules["deltas"]
-
-
-def tensor_names(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
-    """Returns every place, (module path, tensor name), of each parameter by its id."""
-    names: dict[int, list[tuple[str, str]]] = {}
-    for path, module in base_modules(model).items():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append((path, name))
-    return names
-
-
 def plain_model(model: nn.Module) -> nn.Module:
     """Returns the model inside torch.compile's wrapper, or the model."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def forget_compiled() -> None:
-    """Lets compiled models see new hooks: dynamo looks at hooks only when it traces."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()
-
-
-def _site(
-    host: nn.Module, key: str, make: Callable[[], Site], reader: nn.Module | None = None
-) -> Site:
-    deltas = host._modules.get("deltas")
-    if deltas is None:
-        deltas = Deltas()
-        host.add_module("deltas", deltas)
-    site = deltas._modules.get(key)
-    if site is None:
-        site = make()
-        deltas._modules[key] = site
-        site.hook(host if reader is None else reader)
-    assert isinstance(site, Site)
-    return site
 
 
 def _head_grafts(

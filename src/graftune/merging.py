@@ -11,17 +11,14 @@ from graftune.adapter import (
     Adapter,
     Grafts,
     check_composition,
-    forget_compiled,
-    insert,
     plain_model,
-    remove,
     state_of,
-    tensor_names,
 )
 from graftune.composition import Composition, Rows, members_of
 from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.base import Delta, Graft, LinearDelta, LinearPlace, ParameterDelta
+from graftune.sites.placing import forget_compiled, insert, remove, tensor_names
 
 
 @dataclass
@@ -49,7 +46,7 @@ def merge(model: nn.Module, adapters: Composition) -> None:
     changed = _changed_tensors(model, chosen)
     record = Merged(tuple(a.name for a in chosen), state.active.plan.composition)
     for adapter in chosen:
-        remove(model, adapter.name, adapter.grafts)
+        remove(model, adapter.name)
     for (path, name), value in changed.items():
         _replace(model, record, path, name, value)
     if record.untied:
@@ -80,7 +77,7 @@ def unmerge(model: nn.Module) -> None:
         adapter = state.adapters[adapter_name]
         for graft in adapter.grafts:
             graft.delta.to(next(model.get_submodule(graft.place.module).parameters()).device)
-        insert(state, adapter_name, adapter.grafts)
+        insert(model, state.active, adapter_name, adapter.grafts, state.anatomy.read_by_parent)
     state.merged = None
     state.active.set(record.before)
     state.tell_transformers()

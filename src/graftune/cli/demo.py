@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 MARK = "graftune-demo.json"
 """The file by which the demo knows a folder as its own."""
 
-EPOCHS = 5
-
 RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("probe", "linear probe", {}),
-    ("lora", "LoRA", {"method": {"name": "lora", "r": 8}, "train": {"epochs": EPOCHS}}),
+    ("lora", "LoRA", {"method": {"name": "lora", "r": 8, "alpha": 16}, "train": {"epochs": 4}}),
     (
         "full",
         "full fine-tuning",
-        {"method": {"name": "FullFineTuning"}, "train": {"epochs": EPOCHS, "lr": 1e-4}},
+        {"method": {"name": "FullFineTuning"}, "train": {"epochs": 3, "lr": 1e-4}},
     ),
 )
 """Folder, name and settings of each run, in the order they are trained."""

@@ -109,7 +109,7 @@ def saved_heads(adapter: Adapter) -> tuple[str, ...]:
 
 def _twins(adapter: Adapter) -> dict[str, Tensor]:
     """Returns a head's values under the names of other modules that share its tensors."""
-    from graftune.adapter import tensor_names
+    from graftune.sites.placing import tensor_names
 
     if not adapter.head_names:
         return {}

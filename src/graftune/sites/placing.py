@@ -1,0 +1,100 @@
+"""Hanging deltas into a model's tree, and taking them out so that nothing is left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable
+
+from torch import nn
+
+from graftune.sites.base import Deltas, Graft, LinearPlace, Site, base_modules
+from graftune.sites.linear import LinearSite
+from graftune.sites.parameter import ParameterSite
+from graftune.sites.state import Active
+
+
+def insert(
+    model: nn.Module,
+    active: Active,
+    name: str,
+    grafts: Iterable[Graft],
+    read_by_parent: Collection[str] = (),
+) -> None:
+    """Hangs an adapter's deltas below their hosts, and hooks on those that have none yet.
+
+    Args:
+        model: the base.
+        active: the state that its sites share.
+        name: the adapter's.
+        grafts: its deltas and their places.
+        read_by_parent: modules that never run, whose tensors their parent reads.
+    """
+    aliases = tensor_names(model)
+    for graft in grafts:
+        place, host = graft.place, model.get_submodule(graft.place.module)
+        graft.delta.train(host.training)
+        if isinstance(place, LinearPlace):
+            device = next(host.parameters()).device
+            site = _site(host, place.site, lambda d=device, p=place: LinearSite(active, p.rows, d))
+            site._modules[name] = graft.delta
+            continue
+        tensor = host._parameters.get(place.parameter)
+        alone = [(place.module, place.parameter)]
+        for alias in aliases.get(id(tensor), alone) if graft.delta.shared else alone:
+            twin = model.get_submodule(alias[0])
+            unread = alias[0] in read_by_parent
+            reader = model.get_submodule(alias[0].rpartition(".")[0]) if unread else None
+            owner = twin if unread else None
+            site = _site(twin, "parameters", lambda o=owner: ParameterSite(active, o), reader)
+            assert isinstance(site, ParameterSite)
+            site.put(name, alias[1], graft.delta)
+    forget_compiled()
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Takes an adapter's deltas out of the tree, and the sites that it leaves empty."""
+    for host in list(model.modules()):
+        deltas = host._modules.get("deltas")
+        if not isinstance(deltas, Deltas):
+            continue
+        for key, site in list(deltas._modules.items()):
+            assert isinstance(site, Site)
+            site._modules.pop(name, None)
+            if not site._modules:
+                site.unhook(host)
+                del deltas._modules[key]
+        if not deltas._modules:
+            del host._modules["deltas"]
+
+
+def tensor_names(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
+    """Returns every place, (module path, tensor name), of each parameter by its id."""
+    names: dict[int, list[tuple[str, str]]] = {}
+    for path, module in base_modules(model).items():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append((path, name))
+    return names
+
+
+def forget_compiled() -> None:
+    """Lets compiled models see new hooks: dynamo looks at hooks only when it traces."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
+def _site(
+    host: nn.Module, key: str, make: Callable[[], Site], reader: nn.Module | None = None
+) -> Site:
+    deltas = host._modules.get("deltas")
+    if deltas is None:
+        deltas = Deltas()
+        host.add_module("deltas", deltas)
+    site = deltas._modules.get(key)
+    if site is None:
+        site = make()
+        deltas._modules[key] = site
+        site.hook(host if reader is None else reader)
+    assert isinstance(site, Site)
+    return site
