@@ -41,7 +41,7 @@ def _hits(pattern: str, folder: str = "") -> list[str]:
     [
         r"(?<![\w.])/(home|Users|root|mnt|opt)/\w",  # a folder of somebody's machine
         r"[A-Z]:\\\\?Users",
-        r"(?<![\w./])/work/",
+        r"(?<![\w./])/(work)/",
     ],
 )
 def test_no_absolute_path_of_a_machine(pattern: str) -> None:

@@ -58,9 +58,9 @@ def replacing(path: Path, *, timeout_s: float | None = None) -> Iterator[Path]:
             folder.mkdir()
             yield folder
             _keep_foreign_files(target, folder)
-            _sync_tree(folder)
+            sync_tree(folder)
             _put_in_place(folder, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -218,14 +218,15 @@ def _link(source: str, to: str) -> str:
     return to
 
 
-def _sync_tree(folder: Path) -> None:
-    for entry in os.scandir(folder):
-        if entry.is_file(follow_symlinks=False):
-            _sync(Path(entry.path))
-    _sync(folder)
+def sync_tree(folder: Path) -> None:
+    """Makes a folder's files and names last through a loss of power."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Makes a file, or a folder's names, last through a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

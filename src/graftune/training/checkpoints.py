@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from graftune.errors import TrainingError
-from graftune.formats.atomic import exchange
+from graftune.formats.atomic import exchange, sync, sync_tree
 from graftune.formats.tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -183,13 +183,13 @@ def whole(final: Path, *, writer: bool = True) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         if writer:
-            _sync_tree(folder)
+            sync_tree(folder)
             if not final.exists():
                 os.rename(folder, final)
             elif not exchange(folder, final):
                 shutil.rmtree(final)
                 os.rename(folder, final)
-            _sync(final.parent)
+            sync(final.parent)
     finally:
         if writer:
             shutil.rmtree(parent, ignore_errors=True)
@@ -230,16 +230,3 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names)) or "none"
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
