@@ -69,7 +69,7 @@ def read_whole(path: Path, read: Callable[[Path], _Read]) -> _Read:
     """Returns `read(path)` for one version of `path`, though a save may exchange it meanwhile.
 
     Raises:
-        FormatError: there is no directory at `path`, or it is replaced again and again.
+        FormatError: there is no directory at `path`, or writers hold its lock all the time.
     """
     target = Path(os.path.abspath(path)).resolve()
     if not target.exists() and _beside(target, "old").exists():
@@ -88,7 +88,8 @@ def read_whole(path: Path, read: Callable[[Path], _Read]) -> _Read:
                 raise
         finally:
             os.close(held)
-    raise FormatError(f'"{path}" was replaced {_READ_ATTEMPTS} times while it was being read.')
+    with locked(target):  # a reader without luck lets the writers wait for once
+        return read(target)
 
 
 @contextlib.contextmanager
