@@ -83,7 +83,7 @@ def read_whole(path: Path, read: Callable[[Path], _Read]) -> _Read:
             result = read(target)
             if os.fstat(held).st_ino == _inode(target):
                 return result
-        except FormatError:
+        except Exception:  # whatever two versions mixed led to: read again
             if os.fstat(held).st_ino == _inode(target):
                 raise
         finally:
