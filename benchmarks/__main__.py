@@ -28,12 +28,12 @@ def main() -> None:
         for found in module.run(options.rounds):
             print("  " + _line(found), flush=True)
             rows.append(found)
+        if options.write:  # after each, so that a run cut short leaves what it measured
+            PAGE.write_text(page(rows))
     print("\n" + table(rows))
     print(f"\n{_machine()}; {time.monotonic() - began:.0f} s")
     if options.json:
         Path(options.json).write_text(json.dumps([found.to_dict() for found in rows], indent=2))
-    if options.write:
-        PAGE.write_text(page(rows))
 
 
 def table(rows: list[Row]) -> str:
