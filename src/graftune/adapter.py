@@ -19,7 +19,7 @@ from graftune.anatomy import Anatomy, anatomy
 from graftune.composition import Composition, Rows, check_names, members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
-from graftune.sites.base import Graft
+from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value
 from graftune.sites.placing import forget_compiled, insert, remove
 from graftune.sites.state import Active, Plan, carry_plan_through_checkpoints
@@ -388,7 +388,7 @@ def _head_grafts(
     names = [
         f"{h}.{n}" if h else n for h in heads for n, _ in model.get_submodule(h).named_parameters()
     ]
-    names = [name for name in dict.fromkeys(names) if ".deltas." not in name and name not in have]
+    names = [name for name in dict.fromkeys(names) if is_base(name) and name not in have]
     return [own_value(model, name, empty=empty, adds=False) for name in names]
 
 

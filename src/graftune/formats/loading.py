@@ -21,7 +21,7 @@ from graftune.formats.hub import located
 from graftune.formats.tensors import listed, read_tensors
 from graftune.methods.base import Method
 from graftune.methods.lora import LoRA
-from graftune.sites.base import Graft, base_modules
+from graftune.sites.base import Graft, base_modules, is_base
 from graftune.sites.parameter import own_value
 
 
@@ -155,7 +155,7 @@ def _load_own(
         have = {graft.place.key for graft in grafts}
         for head in heads:
             for key, _ in model.get_submodule(head).named_parameters():
-                if ".deltas." not in f".{key}" and f"{head}.{key}" not in have:
+                if is_base(key) and f"{head}.{key}" not in have:
                     grafts.append(own_value(model, f"{head}.{key}", empty=True, adds=False))
         own = {key: tensor for graft in grafts for key, tensor in graft.tensors()}
         _check_names(own, named, where, found)

@@ -25,7 +25,7 @@ from graftune.formats.tensors import listed
 from graftune.methods._low_rank import LowRank, TokenRows
 from graftune.methods.lora import LoRA, start_from_weight, token_grafts
 from graftune.sites import hosts
-from graftune.sites.base import Graft
+from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value
 
 PREFIX = "base_model.model."
@@ -275,7 +275,7 @@ class _Plan:
             f"{head}.{name}"
             for head in reading.heads
             for name, _ in model.get_submodule(head).named_parameters()
-            if ".deltas." not in f".{name}"
+            if is_base(name)
         }
         if config["bias"] == "lora_only":
             hosts_of = {module: model.get_submodule(module) for module in self.modules}

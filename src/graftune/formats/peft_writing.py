@@ -23,6 +23,7 @@ from graftune.formats.peft_settings import (
 from graftune.methods._low_rank import TokenRows
 from graftune.methods.lora import LoRA
 from graftune.sites import hosts
+from graftune.sites.base import is_base
 from graftune.sites.parameter import OwnValue
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _buffers(adapter: Adapter) -> dict[str, Tensor]:
         module = adapter.model.get_submodule(head)
         kept = module.state_dict().keys()
         for name, buffer in module.named_buffers():
-            if name in kept and ".deltas." not in f".{name}":
+            if name in kept and is_base(name):
                 found[f"{head}.{name}"] = buffer
     return found
 
@@ -150,7 +151,7 @@ def _targets(model: nn.Module, found: Sequence[Factors], heads: list[str] | None
     modules = [name for name, _ in model.named_modules() if ".deltas" not in f".{name}"]
     wanted = [factors.module for factors in found if not factors.of_experts]
     experts = [factors.name for factors in found if factors.of_experts]
-    every = [name for name, _ in model.named_parameters() if ".deltas." not in f".{name}"]
+    every = [name for name, _ in model.named_parameters() if is_base(name)]
     return {
         "modules_to_save": heads,
         "target_modules": _shortest(

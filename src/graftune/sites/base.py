@@ -161,6 +161,11 @@ class Deltas(nn.Module):
         return next(iter(found.values())) if len(found) == 1 else found
 
 
+def is_base(name: str) -> bool:
+    """Whether a tensor's absolute name is the base's own, not that of a delta."""
+    return ".deltas." not in f".{name}"
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the modules of the base by path, each once; those of adapters aren't walked into."""
     found: dict[str, nn.Module] = {}

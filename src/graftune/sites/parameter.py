@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graftune.errors import AdapterError
 from graftune.sites import hosts
-from graftune.sites.base import Delta, Graft, ParameterDelta, ParameterPlace, Site
+from graftune.sites.base import Delta, Graft, ParameterDelta, ParameterPlace, Site, is_base
 from graftune.sites.state import Active, Plan
 
 
@@ -66,7 +66,7 @@ def own_value(model: nn.Module, name: str, *, empty: bool = False, adds: bool = 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the model's own tensors by name, each once, without those of deltas."""
-    return {n: p for n, p in model.named_parameters() if ".deltas." not in f".{n}"}
+    return {n: p for n, p in model.named_parameters() if is_base(n)}
 
 
 class ParameterSite(Site):
