@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import graftune as gt
-from graftune.adapter import attach_planned
+from graftune.adapter import Planned, attach_planned
 from graftune.errors import AdapterError, FormatError, GraftuneError, SettingsError
 from tests.contract.subjects import logits, same, shake, tensors
 from tests.families import FAMILIES
@@ -111,7 +111,10 @@ def test_heads_may_have_other_numbers_of_labels() -> None:
     shake(gt.attach(theirs, gt.LoRA(r=2), "five", seed=5), seed=5)
     expected = logits(theirs, INPUTS)
     attach_planned(
-        model, gt.LoRA(r=2), "five", lambda _: (gt.adapters(theirs)["five"].grafts, ("classifier",))
+        model,
+        gt.LoRA(r=2),
+        "five",
+        lambda _: Planned(gt.LoRA(r=2), gt.adapters(theirs)["five"].grafts, ("classifier",)),
     )
     for name, width in (("three", 3), ("five", 5), ("three", 3)):
         gt.activate(model, name)

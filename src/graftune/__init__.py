@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from graftune.methods.bitfit import BitFit
     from graftune.methods.full import FullFineTuning
     from graftune.methods.lora import LoRA
-    from graftune.training import Trainer
+    from graftune.training import AdapterCallback, Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "adapter",
+    "AdapterCallback": "training",
     "Anatomy": "anatomy",
     "Rows": "composition",
     "Stack": "composition",
@@ -51,6 +52,7 @@ _HOMES = {
 }
 __all__ = [
     "Adapter",
+    "AdapterCallback",
     "Anatomy",
     "BitFit",
     "FullFineTuning",

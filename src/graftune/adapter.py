@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy, anatomy
 from graftune.composition import Composition, Rows, check_names, members_of
-from graftune.errors import AdapterError, FormatError, SettingsError, nearest
+from graftune.errors import (
+    AdapterError,
+    FormatError,
+    SettingsError,
+    TrainingError,
+    nearest,
+)
 from graftune.methods.base import HeadChoice, Method
 from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value
@@ -40,6 +46,7 @@ class Adapter:
         grafts: its deltas and their places, the head's last.
         head_names: paths of the head modules of which it has its own values.
         trainable: whether its tensors get gradients while it is active.
+        total_steps: optimizer steps of the run that trains it, once `begin` told them.
     """
 
     def __init__(
@@ -53,13 +60,18 @@ class Adapter:
         self.name, self.method, self.model, self.grafts = name, method, model, grafts
         self.head_names = heads
         self.trainable = True
+        self.total_steps: int | None = None
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (absolute name, tensor): what a file keeps, parameters and buffers."""
+        """Yields (absolute name, tensor), each once: what a file keeps, parameters and buffers."""
         if self.method.trains_in_place:
             yield from self.model.named_parameters()
+        seen: set[int] = set()
         for graft in self.grafts:
-            yield from graft.tensors()
+            for name, tensor in graft.tensors():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield name, tensor
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (absolute name, trained tensor), each once."""
@@ -72,18 +84,28 @@ class Adapter:
         for _, tensor in self.named_parameters():
             yield tensor
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns every tensor by its absolute name, detached."""
-        return {name: tensor.detach() for name, tensor in self.named_tensors()}
+    def state_dict(self, *, training: bool = False) -> dict[str, Tensor]:
+        """Returns every tensor by its absolute name, detached.
+
+        Args:
+            training: those too that only resumed training needs.
+        """
+        found = {name: tensor.detach() for name, tensor in self.named_tensors()}
+        return found | dict(self._training_tensors()) if training else found
+
+    def _training_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for graft in self.grafts:
+            yield from graft.training_tensors()
 
     def load_state_dict(self, tensors: dict[str, Tensor], strict: bool = True) -> None:
-        """Copies tensors in, all or none.
+        """Copies tensors in, all or none; those for resumed training may be missing.
 
         Raises:
             FormatError: for missing, unexpected or misshaped tensors, listing them.
         """
-        own = dict(self.named_tensors())
-        wrong = [f"{k} is missing" for k in own if k not in tensors]
+        resumed = dict(self._training_tensors())
+        own = dict(self.named_tensors()) | resumed
+        wrong = [f"{k} is missing" for k in own if k not in tensors and k not in resumed]
         wrong += [f"{k} is unexpected" for k in tensors if k not in own]
         wrong = wrong if strict else []
         wrong += [
@@ -102,6 +124,61 @@ class Adapter:
     def count(self) -> int:
         """Returns the number of trained parameters, its head's included."""
         return sum(tensor.numel() for tensor in self.parameters())
+
+    def begin(self, total_steps: int) -> None:
+        """Tells how many optimizer steps a training loop of one's own will take.
+
+            adapter.begin(len(batches))
+            for step, batch in enumerate(batches, 1):
+                loss = model(**batch).loss + adapter.penalty()
+                loss.backward()
+                optimizer.step()
+                adapter.advance(step)
+                optimizer.zero_grad()
+            adapter.finish()
+
+        gt.Trainer does all of this, `gt.AdapterCallback` does it in another Trainer.
+
+        Raises:
+            SettingsError: the method's schedule doesn't fit so many steps.
+        """
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise SettingsError(
+                f'Adapter "{self.name}": begin takes the number of optimizer steps, at least 1, '
+                f"found {total_steps!r}."
+            )
+        self.method.check_steps(total_steps)
+        self.total_steps = total_steps
+
+    def penalty(self) -> Tensor | float:
+        """Returns what training adds to the loss: the method's penalty, a scalar, or 0.0."""
+        found = self.method.penalty(self)
+        return 0.0 if found is None else found
+
+    def advance(self, step: int) -> None:
+        """Moves the method's schedule on, after optimizer step `step` and before its zero_grad.
+
+        Raises:
+            TrainingError: `begin` was not called, or the step is not one of its steps.
+        """
+        if self.total_steps is None:
+            raise TrainingError(
+                f'Adapter "{self.name}": call adapter.begin(total_steps) before the first step, so '
+                f"that {self.method.name} knows its schedule."
+            )
+        if not 1 <= step <= self.total_steps:
+            raise TrainingError(
+                f'Adapter "{self.name}": step {step} is not one of the {self.total_steps} that '
+                "adapter.begin was told; begin again with the right total."
+            )
+        self.method.advance(self, step, self.total_steps)
+
+    def finish(self) -> None:
+        """Brings the adapter into its last form once training is over; its tensors may change.
+
+        Optimizers made before still hold the old ones, so go on training with a new one.
+        """
+        self.method.finish(self)
 
     def save(self, path: str | Path) -> Path:
         """Writes the adapter's directory, whole or not at all, and returns its path."""
@@ -145,8 +222,18 @@ class Grafts:
 
     def prepare(self, module: nn.Module, args: Any) -> None:
         """Readies a forward pass. A forward pre-hook of the model."""
-        if module.training and any(m.gradient_checkpointing for m in self.checkpointed):
+        if not module.training:
+            return
+        if any(m.gradient_checkpointing for m in self.checkpointed):
             carry_plan_through_checkpoints(self.model, self.active)
+        for name in self.active.current().names:
+            self._begin_training_pass(self.adapters[name])
+
+    def _begin_training_pass(self, adapter: Adapter) -> None:
+        for graft in adapter.grafts:
+            graft.delta.begin_forward()
+        if adapter.total_steps is None and torch.is_grad_enabled() and adapter.trainable:
+            _check_driven(adapter)
 
     def active_adapters(self) -> list[str]:
         """Returns the names of the active adapters. Asked by transformers."""
@@ -193,6 +280,7 @@ def attach(
     *,
     seed: int | None = None,
     empty: bool = False,
+    data: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> Adapter:
     """Attaches a method to a model under a name, and activates it for training.
 
@@ -204,34 +292,63 @@ def attach(
         name: without "/" or "."; what the adapter is saved and switched by.
         seed: makes the initial values reproducible, leaving the global generator alone.
         empty: leave tensors uninitialised, for a file to fill them.
+        data: batches that some methods look at first (`method.needs_data`): dictionaries of what
+            the model's forward takes, labels among them.
 
     Raises:
         AdapterError: for a name that is taken or can't be one.
-        SettingsError: for settings that don't fit the model.
+        SettingsError: for settings that don't fit the model, or data that a method lacks.
         AnatomyError: for targets that name nothing in it.
     """
     model = plain_model(model)
     if not isinstance(method, Method):
         raise SettingsError(f"attach takes a method such as gt.LoRA(r=8), found {method!r}.")
+    if method.needs_data and data is None and not empty:
+        raise SettingsError(
+            f"{method.name} looks at data before it trains: pass batches, as in "
+            "gt.attach(model, method, data=[{...}, ...])."
+        )
 
-    def plan(parts: Anatomy) -> tuple[list[Graft], tuple[str, ...]]:
+    def plan(parts: Anatomy) -> Planned:
+        chosen = method
         with _seeded(seed):
-            grafts = method.plan(model, parts, empty=empty)
+            if method.needs_data and data is not None:
+                with _base_alone(model):
+                    chosen, grafts = method.plan_on(model, parts, data)
+            else:
+                grafts = method.plan(model, parts, empty=empty)
             heads = head_names(model, parts, method.train_head)
             if not method.trains_in_place:
                 grafts = grafts + _head_grafts(model, heads, grafts, empty)
-        return grafts, heads
+        return Planned(chosen, grafts, heads)
 
     return attach_planned(model, method, name, plan)
+
+
+@contextlib.contextmanager
+def _base_alone(model: nn.Module) -> Iterator[None]:
+    """Lets no adapter act inside the block, for the caller's thread or task alone."""
+    state: Grafts | None = model.__dict__.get(STATE)
+    with state.active.pinned(Plan.of(None)) if state is not None else contextlib.nullcontext():
+        yield
+
+
+class Planned(NamedTuple):
+    """What is about to be attached."""
+
+    method: Method
+    grafts: list[Graft]
+    heads: tuple[str, ...]
+    """Paths of the head modules of which it has its own values."""
 
 
 def attach_planned(
     model: nn.Module,
     method: Method,
     name: str,
-    plan: Callable[[Anatomy], tuple[list[Graft], tuple[str, ...]]],
+    plan: Callable[[Anatomy], Planned],
 ) -> Adapter:
-    """Attaches what `plan` makes of a model's anatomy: all grafts, and the heads' paths.
+    """Attaches what `plan` makes of a model's anatomy.
 
     A file's adapter is attached so, since it names its places one by one.
 
@@ -244,11 +361,11 @@ def attach_planned(
     if state is not None:
         _check_place(state, method, name)
     parts = state.anatomy if state is not None else anatomy(model)
-    grafts, heads = plan(parts)
+    planned = plan(parts)
     state = state or _install(model, parts)
-    adapter = Adapter(name, method, model, grafts, heads)
+    adapter = Adapter(name, planned.method, model, planned.grafts, planned.heads)
     state.adapters[name] = adapter
-    insert(model, state.active, name, grafts, parts.read_by_parent)
+    insert(model, state.active, name, adapter.grafts, parts.read_by_parent)
     _set_active(state, name)
     state.tell_transformers()
     return adapter
@@ -390,6 +507,18 @@ def _head_grafts(
     ]
     names = [name for name in dict.fromkeys(names) if is_base(name) and name not in have]
     return [own_value(model, name, empty=empty, adds=False) for name in names]
+
+
+def _check_driven(adapter: Adapter) -> None:
+    """Raises TrainingError if nobody will call the penalty and the schedule that a method needs."""
+    if adapter.method.needs_steps(adapter):
+        raise TrainingError(
+            f'Adapter "{adapter.name}": {adapter.method.name} has a penalty or a schedule that '
+            "training must call: train it with gt.Trainer, pass callbacks=[gt.AdapterCallback()] "
+            "to another Trainer, or in a loop of your own call adapter.begin(total_steps) first, "
+            "add adapter.penalty() to the loss, and call adapter.advance(step) after each "
+            "optimizer.step() and adapter.finish() at the end."
+        )
 
 
 def _set_active(state: Grafts, composition: Composition) -> None:

@@ -80,11 +80,14 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[SiteCount]:
             SiteCount(adapter.name, name, "base", p.numel(), p.numel(), None, p.nbytes)
             for name, p in model.named_parameters()
         ]
-    return [_count(model, adapter, graft) for graft in adapter.grafts]
+    seen: set[int] = set()
+    return [_count(model, adapter, graft, seen) for graft in adapter.grafts]
 
 
-def _count(model: nn.Module, adapter: Adapter, graft: Graft) -> SiteCount:
-    tensors = [tensor for _, tensor in graft.tensors()]
+def _count(model: nn.Module, adapter: Adapter, graft: Graft, seen: set[int]) -> SiteCount:
+    """Returns a place's counts; what several have in common counts at the first."""
+    tensors = [tensor for _, tensor in graft.tensors() if id(tensor) not in seen]
+    seen |= {id(tensor) for tensor in tensors}
     trained = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
     in_head = graft.place.module.startswith(adapter.head_names) if adapter.head_names else False
     host = model.get_submodule(graft.place.module)

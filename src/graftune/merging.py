@@ -17,7 +17,14 @@ from graftune.adapter import (
 from graftune.composition import Composition, Rows, members_of
 from graftune.errors import AdapterError
 from graftune.sites import hosts
-from graftune.sites.base import Delta, Graft, LinearDelta, LinearPlace, ParameterDelta
+from graftune.sites.base import (
+    Delta,
+    Graft,
+    InputDelta,
+    LinearDelta,
+    LinearPlace,
+    ParameterDelta,
+)
 from graftune.sites.placing import forget_compiled, insert, remove, tensor_names
 
 
@@ -109,11 +116,22 @@ def _changed_tensors(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[st
                 key = (graft.place.module, graft.place.parameter)
                 steps.setdefault(key, []).append((adapter, graft))
     with torch.no_grad():
-        for key, some in steps.items():
-            for adapter, graft in some:
+        # As the host runs: its own tensors first, biases before what scales its output.
+        for key in sorted(steps, key=lambda key: key[1] != "bias"):
+            for adapter, graft in sorted(steps[key], key=_turn):
                 _add(model, adapter, graft, changed)
-            changed[key] = _narrow(model, key, changed[key])
+            if key[1] != "bias":
+                changed[key] = _narrow(model, key, changed[key])
         return {key: _narrow(model, key, value) for key, value in changed.items()}
+
+
+def _turn(step: tuple[Adapter, Graft]) -> int:
+    """Returns when a change takes part: the tensor's, the output's, last the input's.
+
+    A changed input is what every other change at the host sees, so it comes last on the weight.
+    """
+    delta = step[1].delta
+    return 0 if isinstance(delta, ParameterDelta) else 2 if isinstance(delta, InputDelta) else 1
 
 
 def _narrow(model: nn.Module, key: tuple[str, str], value: Tensor) -> Tensor:
@@ -145,11 +163,9 @@ def _add(
         changed[key] = delta.forward(wide, wide if now is None else base).detach().clone()
         return
     assert isinstance(place, LinearPlace)
-    assert isinstance(delta, LinearDelta)
     changed[key] = _merged_weight(host, place, delta, base if now is None else now)
-    change = delta.bias_change()
-    if change is not None:
-        _add_bias(adapter, place, host._parameters.get("bias"), change, changed)
+    if isinstance(delta, LinearDelta):
+        _merge_bias(adapter, place, delta, host._parameters.get("bias"), changed)
 
 
 def _merged_weight(host: nn.Module, place: LinearPlace, delta: Delta, weight: Tensor) -> Tensor:
@@ -165,20 +181,26 @@ def _merged_weight(host: nn.Module, place: LinearPlace, delta: Delta, weight: Te
     return hosts.oriented(host, wide)
 
 
-def _add_bias(
+def _merge_bias(
     adapter: Adapter,
     place: LinearPlace,
+    delta: LinearDelta,
     bias: Tensor | None,
-    change: Tensor,
     changed: dict[tuple[str, str], Tensor],
 ) -> None:
-    if bias is None or place.rows is not None:
+    key, at = (place.module, "bias"), None
+    now = None if bias is None else changed.get(key, bias.detach())
+    if now is not None and place.rows is not None:
+        at = torch.cat([torch.arange(*run, device=now.device) for run in place.rows])
+    change = delta.bias_change(now if now is None or at is None else now[at])
+    if change is None:
+        return
+    if now is None:
         raise AdapterError(
             f'Adapter "{adapter.name}" can\'t be merged: it adds a bias, and {place.module} has '
             "none to write it into."
         )
-    key = (place.module, "bias")
-    changed[key] = changed.get(key, bias.detach()) + change
+    changed[key] = now + change if at is None else now.index_add(0, at, change.to(now.dtype))
 
 
 def _replace(model: nn.Module, record: Merged, path: str, name: str, value: Tensor) -> None:

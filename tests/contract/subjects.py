@@ -38,6 +38,9 @@ BART's encoder counts positions from the padding on."""
 EAGER_ONLY = ("gemma2",)
 """Families whose own logits differ between attention kernels (it caps scores in eager alone)."""
 
+STEPS = 100
+"""Optimizer steps that methods with a schedule are told; the suite takes a few of them."""
+
 CASES = [(m, f) for f in FAMILIES for m in METHODS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")
 """Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D,
@@ -61,9 +64,17 @@ class Subject:
 
     def attach(self, name: str = "task", seed: int = 1, noise: float = 0.05) -> gt.Adapter:
         """Attaches the method and, with noise, moves every tensor of it off its start."""
-        adapter = gt.attach(self.model, METHODS[self.method], name, seed=seed)
+        chosen = METHODS[self.method]
+        data = [self.labelled()] if chosen.needs_data else None
+        adapter = gt.attach(self.model, chosen, name, seed=seed, data=data)
+        if chosen.needs_steps(adapter):
+            adapter.begin(STEPS)
         shake(adapter, seed, noise)
         return adapter
+
+    def labelled(self) -> dict[str, Any]:
+        """Returns the inputs with what makes the model return a loss."""
+        return {**self.inputs, **self.family.labels(self.model, self.inputs)}
 
     def output(self, inputs: dict[str, Tensor] | None = None) -> Tensor:
         """Returns the model's logits."""

@@ -10,6 +10,7 @@ import graftune
 
 PUBLIC = [
     "Adapter",
+    "AdapterCallback",
     "Anatomy",
     "BitFit",
     "FullFineTuning",

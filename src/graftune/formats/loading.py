@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graftune import adapter as adapters
-from graftune.adapter import Adapter
+from graftune.adapter import Adapter, Planned
 from graftune.anatomy import Anatomy
-from graftune.errors import BaseMismatchError, FormatError, SettingsError
-from graftune.formats import base, directory, peft_reading, peft_settings
+from graftune.errors import FormatError, SettingsError
+from graftune.formats import base, directory, peft_types
 from graftune.formats.atomic import read_whole
 from graftune.formats.directory import Directory
-from graftune.formats.factors import Slice
+from graftune.formats.filling import check_names, fill, head_grafts, own_method
 from graftune.formats.hub import located
+from graftune.formats.peft_common import without_prefix
 from graftune.formats.tensors import listed, read_tensors
-from graftune.methods.base import Method
-from graftune.methods.lora import LoRA
-from graftune.sites.base import Graft, base_modules, is_base
-from graftune.sites.parameter import own_value
+from graftune.sites.parameter import base_parameters
 
 
 def load(
@@ -55,10 +52,12 @@ def load(
     own = found.own
     if own is not None and check_base and not _is_merged(model):
         base.check(model, own["base"], where, skip=own.get("heads", ()))
+    name = name or default_name(path)
     try:
-        if found.config["peft_type"] == "LORA":
-            return _load_lora(model, found, tensors, where, name or default_name(path))
-        return _load_own(model, found, tensors, where, name or default_name(path))
+        if own is not None and (own_method(found).trains_in_place or not own.get("peft", True)):
+            return _load_own(model, found, tensors, where, name)
+        kind = peft_types.reader(found.config["peft_type"], where)
+        return kind.load(model, found, tensors, where, name)
     except SettingsError as error:
         raise FormatError(f"{where}, {_version(found)}: {error}") from error
 
@@ -98,121 +97,27 @@ def _is_merged(model: nn.Module) -> bool:
     return state is not None and state.merged is not None
 
 
-def _load_lora(
-    model: nn.Module, found: Directory, tensors: Mapping[str, Tensor], where: str, name: str
-) -> Adapter:
-    config = peft_settings.checked(found.config, where)
-    modules = base_modules(model)
-    added = peft_settings.TASK_HEADS.get(str(config["task_type"]), ())
-    config["modules_to_save"] = [*peft_settings.names(config["modules_to_save"]), *added]
-    saved = tuple(peft_settings.saved_modules(config, modules))
-    method: Method
-    if found.own is None:
-        places = [
-            m if p == "weight" else f"{m}.{p}" for m, p in peft_reading.adapted(modules, config)
-        ]
-        method, heads = peft_reading.method_of(config, saved, places), saved
-    else:
-        method, heads = _method(found, where), tuple(found.own.get("heads", ()))
-    assert isinstance(method, LoRA)
-    reading = peft_reading.Reading(
-        where=where,
-        model=model,
-        modules=modules,
-        config=config,
-        tensors=peft_reading.without_prefix(tensors),
-        method=method,
-        slices=_slices(found.own or {}),
-        own=found.own is not None,
-        heads=saved,
-        values=None if found.own is None else found.own.get("values", {}),
-    )
-
-    def plan(parts: Anatomy) -> tuple[list[Graft], tuple[str, ...]]:
-        grafts = peft_reading.grafts(reading, parts)
-        peft_reading.fill(grafts, reading)
-        return grafts, heads
-
-    return adapters.attach_planned(model, method, name, plan)
-
-
 def _load_own(
     model: nn.Module, found: Directory, tensors: Mapping[str, Tensor], where: str, name: str
 ) -> Adapter:
-    if found.own is None:
-        raise FormatError(
-            f"{where} is of type {found.config['peft_type']}, written by HF PEFT; of its types "
-            "this version reads LORA."
-        )
-    method, heads = _method(found, where), tuple(found.own.get("heads", ()))
-    named = peft_reading.without_prefix(tensors)
+    """Attaches an adapter whose file has our own names."""
+    assert found.own is not None
+    method, heads = own_method(found), tuple(found.own.get("heads", ()))
+    named = without_prefix(tensors)
 
-    def plan(parts: Anatomy) -> tuple[list[Graft], tuple[str, ...]]:
+    def plan(parts: Anatomy) -> Planned:
         if method.trains_in_place:
-            _check_names(dict(base_parameters(model)), named, where, found)
-            return [], heads
-        grafts = method.plan(model, parts, empty=True)
-        have = {graft.place.key for graft in grafts}
-        for head in heads:
-            for key, _ in model.get_submodule(head).named_parameters():
-                if is_base(key) and f"{head}.{key}" not in have:
-                    grafts.append(own_value(model, f"{head}.{key}", empty=True, adds=False))
-        own = {key: tensor for graft in grafts for key, tensor in graft.tensors()}
-        _check_names(own, named, where, found)
-        for key, tensor in own.items():
-            tensor.data.copy_(named[key])
-        return grafts, heads
+            check_names(base_parameters(model), named, where, found)
+            return Planned(method, [], heads)
+        grafts = method.plan_saved(model, parts, named)
+        grafts += head_grafts(model, heads, grafts)
+        fill(grafts, named, where, found)
+        return Planned(method, grafts, heads)
 
     attached = adapters.attach_planned(model, method, name, plan)
     if method.trains_in_place:
         attached.load_state_dict(dict(named))
     return attached
-
-
-def base_parameters(model: nn.Module) -> Any:
-    """Returns the base's own tensors by name."""
-    from graftune.sites.parameter import base_parameters as of_base
-
-    return of_base(model)
-
-
-def _check_names(
-    own: Mapping[str, Tensor], named: Mapping[str, Tensor], where: str, found: Directory
-) -> None:
-    missing = sorted(own.keys() - named.keys())
-    strangers = sorted(named.keys() - own.keys())
-    problems = [f"{len(missing)} missing: {listed(missing)}"] if missing else []
-    if strangers:
-        problems.append(f"{len(strangers)} unexpected: {listed(strangers)}")
-    if problems:
-        raise FormatError(f"{where}: its tensors don't fit its settings: {'; '.join(problems)}.")
-    wrong = [
-        f'"{key}" is {tuple(named[key].shape)}, this model needs {tuple(tensor.shape)}'
-        for key, tensor in own.items()
-        if named[key].shape != tensor.shape
-    ]
-    if wrong:
-        saved = (found.own or {}).get("base", {})
-        raise BaseMismatchError(
-            f'{where} was made for another {saved.get("class")} "{saved.get("name")}": '
-            f"{len(wrong)} tensors have another shape: {wrong[0]}."
-        )
-
-
-def _method(found: Directory, where: str) -> Method:
-    assert found.own is not None
-    return Method.from_dict(found.own["method"])
-
-
-def _slices(own: Mapping[str, Any]) -> dict[str, list[Slice]]:
-    found: dict[str, list[Slice]] = {}
-    for group in own.get("slices", []):
-        parts = [
-            Slice(role=p["role"], rank=p["rank"], rows=tuple((a, b) for a, b in p["rows"]))
-            for p in group["parts"]
-        ]
-        found |= dict.fromkeys(group["modules"], parts)
-    return found
 
 
 def _version(found: Directory) -> str:

@@ -20,7 +20,7 @@ from graftune.formats import factors as forms
 from graftune.formats import peft_settings as rules
 from graftune.formats.base import base_name, embeddings
 from graftune.formats.factors import Factors, Slice
-from graftune.formats.peft_writing import is_below
+from graftune.formats.peft_common import is_below
 from graftune.formats.tensors import listed
 from graftune.methods._low_rank import LowRank, TokenRows
 from graftune.methods.lora import LoRA, start_from_weight, token_grafts
@@ -28,7 +28,6 @@ from graftune.sites import hosts
 from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value
 
-PREFIX = "base_model.model."
 _SUFFIXES = (
     *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"),
     *("lora_magnitude_vector", "token_adapter.trainable_tokens_delta"),
@@ -57,23 +56,6 @@ class Reading:
     """Modules saved whole."""
     values: Mapping[str, bool] | None = None
     """Of our own directories: the adapter's own values, and whether tied modules follow them."""
-
-
-def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors by the names that modules have in the model.
-
-    With `bias` other than "none" PEFT also writes its own copies of a saved module's bias; those
-    are left out.
-    """
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not _is_copy(name, named)}
-
-
-def _is_copy(name: str, named: Mapping[str, Tensor]) -> bool:
-    for mark in (".original_module.", ".modules_to_save.default.", ".modules_to_save."):
-        if mark in name:
-            return name.replace(mark, ".") in named
-    return False
 
 
 def method_of(config: Mapping[str, Any], heads: Sequence[str], modules: Sequence[str]) -> LoRA:

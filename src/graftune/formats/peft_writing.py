@@ -10,27 +10,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from graftune.formats import factors as forms
-from graftune.formats.base import base_name, embeddings
+from graftune.formats.base import embeddings
 from graftune.formats.factors import Factors
-from graftune.formats.peft_settings import (
-    DEFAULTS,
-    TASK_HEADS,
-    pattern_value,
-    saved_modules,
-    targeted_modules,
-    targeted_parameters,
-)
+from graftune.formats.peft_common import common_config, own_values, shortest
+from graftune.formats.peft_settings import DEFAULTS, pattern_value, targeted_parameters
 from graftune.methods._low_rank import TokenRows
 from graftune.methods.lora import LoRA
 from graftune.sites import hosts
 from graftune.sites.base import is_base
-from graftune.sites.parameter import OwnValue
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
 
-PEFT_VERSION = "0.19.0"
-"""The oldest PEFT that knows every setting written here."""
 _INITS = {"gaussian": "gaussian"}
 
 
@@ -41,15 +32,10 @@ def tensors(adapter: Adapter) -> dict[str, Tensor]:
     named = forms.file_tensors(model, found)
     wrapped = {factors.module for factors in found if not factors.of_experts}
     for graft in adapter.grafts:
-        place, delta = graft.place, graft.delta
-        if isinstance(delta, TokenRows):
-            key = f"{place.module}.token_adapter.trainable_tokens_delta"
-            named[key] = delta.rows.detach()
-        elif isinstance(delta, OwnValue):
-            inner = "base_layer." if place.module in wrapped else ""
-            key = f"{place.module}.{inner}{place.parameter}" if place.module else place.parameter
-            named[key] = delta.value.detach()
-    return named | _twins(adapter) | _buffers(adapter)
+        if isinstance(graft.delta, TokenRows):
+            key = f"{graft.place.module}.token_adapter.trainable_tokens_delta"
+            named[key] = graft.delta.rows.detach()
+    return named | own_values(adapter, wrapped)
 
 
 def config(adapter: Adapter) -> dict[str, Any]:
@@ -57,125 +43,26 @@ def config(adapter: Adapter) -> dict[str, Any]:
     method, model = adapter.method, adapter.model
     assert isinstance(method, LoRA)
     found = forms.whole(model, adapter.grafts)
-    heads = saved_heads(adapter)
-    task = task_type(model, heads)
     return {
         **DEFAULTS,
-        **_targets(model, found, _short_heads(model, heads)),
+        **common_config(adapter, [part.module for part in found if not part.of_experts]),
         **_ranks(method, found),
-        "auto_mapping": None if task else _auto_mapping(model),
-        "base_model_name_or_path": base_name(model) or None,
         "bias": method.bias,
         "fan_in_fan_out": _fan_in_fan_out(model, found),
         "init_lora_weights": _INITS.get(method.init, True),
         "lora_bias": method.lora_bias,
         "lora_dropout": method.dropout,
-        "peft_version": PEFT_VERSION,
-        "task_type": task,
+        "target_parameters": _parameters(model, found) or None,
         "trainable_token_indices": _tokens(adapter),
         "use_dora": method.dora,
         "use_rslora": method.rslora,
     }
 
 
-def task_type(model: nn.Module, heads: Sequence[str]) -> str | None:
-    """Returns PEFT's name of a model's task, where PEFT then treats its head as we do."""
-    name = type(model).__name__
-    ends = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    task = next((task for end, task in ends.items() if name.endswith(end)), None)
-    if getattr(model, "main_input_name", "") != "input_ids":
-        return None  # PEFT's classes for tasks pass token ids
-    if task == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
-        return None
-    if task in TASK_HEADS:
-        added = saved_modules(
-            {"modules_to_save": list(TASK_HEADS[task])}, (n for n, _ in model.named_modules())
-        )
-        return task if added and set(added) <= set(heads) else None
-    return task
-
-
-def saved_heads(adapter: Adapter) -> tuple[str, ...]:
-    """Returns the modules that PEFT must save whole: heads, and those whose tensors they share."""
-    modules = [*adapter.head_names, *(key.rpartition(".")[0] for key in _twins(adapter))]
-    return tuple(dict.fromkeys(modules))
-
-
-def _twins(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns a head's values under the names of other modules that share its tensors."""
-    from graftune.sites.placing import tensor_names
-
-    if not adapter.head_names:
-        return {}
-    model, names, found = adapter.model, tensor_names(adapter.model), {}
-    for graft in adapter.grafts:
-        place, delta = graft.place, graft.delta
-        if (
-            isinstance(delta, OwnValue)
-            and delta.shared
-            and is_below(place.module, adapter.head_names)
-        ):
-            base = model.get_submodule(place.module)._parameters.get(place.parameter)
-            for module, parameter in names.get(id(base), ()):
-                if (module, parameter) != (place.module, place.parameter):
-                    found[f"{module}.{parameter}"] = delta.value.detach()
-    return found
-
-
-def is_below(module: str, heads: Iterable[str]) -> bool:
-    """Whether a module is one of `heads` or lies in one."""
-    return any(module == head or module.startswith(f"{head}.") for head in heads)
-
-
-def _buffers(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns the buffers of heads: PEFT expects a saved module's whole state."""
-    found: dict[str, Tensor] = {}
-    for head in adapter.head_names:
-        module = adapter.model.get_submodule(head)
-        kept = module.state_dict().keys()
-        for name, buffer in module.named_buffers():
-            if name in kept and is_base(name):
-                found[f"{head}.{name}"] = buffer
-    return found
-
-
-def _targets(model: nn.Module, found: Sequence[Factors], heads: list[str] | None) -> dict[str, Any]:
-    settings = DEFAULTS | {"modules_to_save": heads}
-    modules = [name for name, _ in model.named_modules() if ".deltas" not in f".{name}"]
-    wanted = [factors.module for factors in found if not factors.of_experts]
+def _parameters(model: nn.Module, found: Sequence[Factors]) -> list[str] | str:
     experts = [factors.name for factors in found if factors.of_experts]
     every = [name for name, _ in model.named_parameters() if is_base(name)]
-    return {
-        "modules_to_save": heads,
-        "target_modules": _shortest(
-            wanted, lambda t: targeted_modules(settings | {"target_modules": t}, modules)
-        ),
-        "target_parameters": _shortest(
-            experts, lambda t: targeted_parameters({"target_parameters": t}, every)
-        )
-        or None,
-    }
-
-
-def _shortest(wanted: Sequence[str], matched: Any) -> list[str] | str:
-    """Returns the last parts of names if they mean no others, else the names, else a pattern."""
-    if not wanted:
-        return []
-    for parts in (1, 2):
-        ends = sorted({".".join(name.split(".")[-parts:]) for name in wanted})
-        if set(matched(ends)) == set(wanted):
-            return ends
-    names = sorted(wanted)
-    if set(matched(names)) == set(wanted):
-        return names
-    return "|".join(name.replace(".", r"\.") for name in names)
+    return shortest(experts, lambda ends: targeted_parameters({"target_parameters": ends}, every))
 
 
 def _ranks(method: LoRA, found: Sequence[Factors]) -> dict[str, Any]:
@@ -235,18 +122,3 @@ def _tokens(adapter: Adapter) -> list[int] | dict[str, list[int]] | None:
     if len(found) == 1 and adapter.model.get_submodule(next(iter(found))) is inputs:
         return next(iter(found.values()))
     return found or None
-
-
-def _short_heads(model: nn.Module, heads: Sequence[str]) -> list[str] | None:
-    """Returns the heads' names for `modules_to_save`, as short as they mean nothing else."""
-    if not heads:
-        return None
-    modules = [name for name, _ in model.named_modules()]
-    ends = sorted({head.rpartition(".")[2] for head in heads})
-    found = saved_modules({"modules_to_save": ends}, modules)
-    return ends if set(found) == set(heads) else sorted(heads)
-
-
-def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    kind = type(model)
-    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import graftune
 from graftune.errors import FormatError
-from graftune.formats import directory
+from graftune.formats import directory, peft_types
 from graftune.formats.atomic import replacing
 from graftune.formats.base import base_name, fingerprint
 from graftune.formats.card import CardFacts, render
 from graftune.formats.factors import Slice, slices
-from graftune.formats.peft_reading import PREFIX
+from graftune.formats.inspecting import PEFT_TYPES
+from graftune.formats.peft_common import PREFIX
 from graftune.formats.tensors import listed, write_tensors
-from graftune.methods.lora import LoRA
 from graftune.sites.parameter import OwnValue
 
 if TYPE_CHECKING:
@@ -45,12 +45,8 @@ def save(adapter: Adapter, path: str | Path) -> Path:
 
 def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Returns the tensors of an adapter's file, without PEFT's prefix "base_model.model."."""
-    if isinstance(adapter.method, LoRA):
-        from graftune.formats.peft_writing import tensors
-
-        named = tensors(adapter)
-    else:
-        named = adapter.state_dict()
+    kind = peft_types.writer(adapter)
+    named = adapter.state_dict() if kind is None else kind.tensors(adapter)
     unreal = sorted(name for name, tensor in named.items() if tensor.is_meta)
     if unreal:
         raise FormatError(
@@ -62,19 +58,24 @@ def file_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def file_config(adapter: Adapter) -> dict[str, Any]:
     """Returns the content of adapter_config.json."""
-    if isinstance(adapter.method, LoRA):
-        from graftune.formats.peft_writing import config
-
-        return config(adapter)
+    kind = peft_types.writer(adapter)
+    if kind is not None:
+        return kind.config(adapter)
     settings = {k: v for k, v in adapter.method.to_dict().items() if k != "method"}
     return {
         **settings,
-        "peft_type": adapter.method.name.upper(),
+        "peft_type": _type_name(adapter.method.name),
         "base_model_name_or_path": base_name(adapter.model) or None,
         "inference_mode": True,
         "modules_to_save": list(adapter.head_names) or None,
         "task_type": None,
     }
+
+
+def _type_name(method: str) -> str:
+    """Returns a `peft_type` that isn't one of PEFT's, so that PEFT says it doesn't know it."""
+    name = method.upper()
+    return f"GRAFTUNE_{name}" if name in PEFT_TYPES else name
 
 
 def write_config(adapter: Adapter, folder: str | Path) -> None:
@@ -103,7 +104,7 @@ def own_config(adapter: Adapter) -> dict[str, Any]:
         "base": fingerprint(adapter.model, skip=adapter.head_names, changed=_changed(adapter)),
         "parameters": adapter.count(),
         "tensors": len(values),
-        "peft": isinstance(adapter.method, LoRA),
+        "peft": peft_types.writer(adapter) is not None,
     }
 
 
@@ -142,7 +143,7 @@ def _facts(adapter: Adapter, config: dict[str, Any]) -> CardFacts:
         base=base_name(adapter.model),
         model_class=type(adapter.model).__name__,
         task=config.get("task_type"),
-        peft=isinstance(adapter.method, LoRA),
+        peft=peft_types.writer(adapter) is not None,
         trainable=adapter.count(),
         changed=sum(site.changed for site in sites),
         rank=max(bounded) if bounded and len(bounded) == len(ranks) else None,

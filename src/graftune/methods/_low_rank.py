@@ -82,7 +82,7 @@ class LowRank(LinearDelta):
         """See `Delta.merged`: W + s * B A."""
         return weight + self.weight_change().to(weight.dtype)
 
-    def bias_change(self) -> Tensor | None:
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
         """See `LinearDelta.bias_change`."""
         return None if self.bias is None else self.scale * self.bias
 

@@ -11,7 +11,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -34,6 +34,18 @@ class Setting:
     doc: str
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """What a method has to show of a trained adapter: a number for each row and column."""
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    """By row; None where there is nothing."""
+    note: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Settings of one method, checked when made; a subclass plans its grafts.
@@ -47,6 +59,8 @@ class Method:
     summary: ClassVar[str] = ""
     default_lr: ClassVar[float] = 1e-3
     """Learning rate that the method's users start from, for AdamW."""
+    prunes: ClassVar[bool] = False
+    """Whether it prunes until training ends, so that only the last weights are what it means."""
     mixes_rows: ClassVar[bool] = True
     """Whether it may be one of several in `Rows`."""
 
@@ -82,16 +96,65 @@ class Method:
         """
         raise NotImplementedError
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at data before it is attached: then `plan_on` is called, not `plan`."""
+        return False
+
+    def plan_on(
+        self, model: nn.Module, anatomy: Anatomy, data: Iterable[Mapping[str, Tensor]]
+    ) -> tuple[Method, list[Graft]]:
+        """Returns the settings that fit the data, and the grafts; the model is as it was after.
+
+        Args:
+            model: the base, no adapter acting.
+            anatomy: what it is made of.
+            data: batches of what the model's forward takes, with labels where training has them.
+        """
+        raise NotImplementedError
+
+    def plan_saved(
+        self, model: nn.Module, anatomy: Anatomy, tensors: Mapping[str, Tensor]
+    ) -> list[Graft]:
+        """Returns empty grafts of the shapes that a file's tensors, by absolute name, have.
+
+        A method whose shapes are not told by its settings alone overrides this.
+        """
+        return self.plan(model, anatomy, empty=True)
+
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """Returns how many parameters it trains, without the head: the paper's formula."""
         raise NotImplementedError
+
+    def needs_steps(self, adapter: Any) -> bool:
+        """Whether training must call `penalty` and `advance`, or the result is another method's."""
+        return False
+
+    def check_steps(self, total: int) -> None:
+        """Raises SettingsError if a schedule doesn't fit so many optimizer steps."""
 
     def penalty(self, adapter: Any) -> Tensor | None:
         """Returns what training adds to the loss, a scalar, or None."""
         return None
 
     def advance(self, adapter: Any, step: int, total: int) -> None:
-        """Moves a schedule on, after each optimizer step."""
+        """Moves a schedule on, after each optimizer step, while the gradients are still there.
+
+        Args:
+            adapter: what is trained.
+            step: the steps taken, from 1 to `total`.
+            total: of the whole run.
+        """
+
+    def finish(self, adapter: Any) -> None:
+        """Brings a trained adapter into its last form, as by leaving out what was pruned.
+
+        Tensors may be others afterwards; called again, it changes nothing.
+        """
+
+    def heat_maps(self, adapter: Any) -> list[HeatMap]:
+        """Returns what is worth drawing of a trained adapter."""
+        return []
 
     def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
         """Returns optimizer groups (`params`, `lr`, ...) of the adapter's tensors, or None."""

@@ -2,6 +2,7 @@
 
     host (q_proj)                        unchanged class, names and tensors
     └── deltas: Deltas                   one per host
+        ├── input: InputSite             x -> delta(x)
         ├── output: LinearSite           y -> y + delta(x, y)
         │   ├── intents: LoRADelta       one per adapter
         │   └── spam: LoRADelta
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,14 @@ from graftune.sites.state import Active
 
 
 class Delta(nn.Module):
-    """The trainable tensors and the maths of one adapter at one place."""
+    """The trainable tensors and the maths of one adapter at one place.
 
+    A child module named `common` is one for all deltas of the adapter (a projection, a vector that
+    they share); its tensors belong to the adapter, not to the place.
+    """
+
+    resumes: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that resumed training needs and the adapter's own file doesn't."""
     rank: int | None = None
     """Largest rank of the change, where it is bounded."""
     follows: bool = False
@@ -38,6 +45,9 @@ class Delta(nn.Module):
     def changes(self, size: int) -> int:
         """Returns how many of the `size` entries of the base's tensor differ when it is applied."""
         return size
+
+    def begin_forward(self) -> None:
+        """Readies a training pass of the whole model, as by drawing the noise that it will use."""
 
     def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
         """Returns what `weight` becomes when the change is written into it.
@@ -55,8 +65,8 @@ class Delta(nn.Module):
 class LinearDelta(Delta):
     """A delta that reads a host's input and output."""
 
-    def bias_change(self) -> Tensor | None:
-        """Returns what merging adds to the host's bias, `(out,)`, or None."""
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        """Returns what merging adds to the host's `bias`, `(out,)` as it is now, or None."""
         return None
 
     def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
@@ -67,6 +77,14 @@ class LinearDelta(Delta):
             y: its output, `(..., out)`, or the place's rows of it.
             host: the module, for deltas that need its weight.
         """
+        raise NotImplementedError
+
+
+class InputDelta(Delta):
+    """A delta of what enters a host; every adapter's other change there sees its answer."""
+
+    def forward(self, x: Tensor, host: nn.Module) -> Tensor:
+        """Returns the new input, `(..., in)`."""
         raise NotImplementedError
 
 
@@ -89,21 +107,24 @@ class ParameterDelta(Delta):
 
 @dataclass(frozen=True)
 class LinearPlace:
-    """The output of a host, or those of its features in `rows`."""
+    """The output of a host, or those of its features in `rows`; or its input."""
 
     module: str
     role: str = "output"
     rows: tuple[tuple[int, int], ...] | None = None
     parameter: str = "weight"
+    side: Literal["output", "input"] = "output"
 
     @property
     def key(self) -> str:
         """What the names of the tensors at this place begin with."""
-        return self.module if self.rows is None else f"{self.module}.{self.role}"
+        return self.module if self.site == "output" else f"{self.module}.{self.site}"
 
     @property
     def site(self) -> str:
         """Name of the site among those of the host."""
+        if self.side == "input":
+            return "input"
         return "output" if self.rows is None else self.role
 
     def size(self, host: nn.Module) -> int:
@@ -145,10 +166,21 @@ class Graft:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (absolute name, tensor) of parameters and kept buffers.
 
-        An adapter's own value goes by the tensor's own name.
+        An adapter's own value goes by the tensor's own name, what all deltas have in common by its
+        name there; every delta yields that.
         """
         for name, tensor in self.delta.state_dict(keep_vars=True).items():
-            yield (self.place.key if name == "value" else f"{self.place.key}.{name}"), tensor
+            yield self._named(name), tensor
+
+    def training_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (absolute name, buffer) of what only resumed training needs."""
+        for name in self.delta.resumes:
+            yield self._named(name), self.delta.get_buffer(name)
+
+    def _named(self, name: str) -> str:
+        if name.startswith("common."):
+            return name.removeprefix("common.")
+        return self.place.key if name == "value" else f"{self.place.key}.{name}"
 
 
 class Deltas(nn.Module):

@@ -1,4 +1,4 @@
-"""The linear site: sees x and y = Wx + b, answers a new y, maybe on some of the outputs only."""
+"""The linear site: sees x and y = Wx + b, answers a new x or a new y, maybe some outputs only."""
 
 from __future__ import annotations
 
@@ -57,3 +57,29 @@ class LinearSite(Site):
             else:
                 y = y.index_copy(-1, index, delta.forward(x, y.index_select(-1, index), host))
         return y
+
+
+class InputSite(Site):
+    """Deltas on the input of one host, before all that happens at its output."""
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers `before`."""
+        self.handles = [host.register_forward_pre_hook(self.before)]
+
+    def before(self, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the host's arguments with its input as the active deltas leave it."""
+        active, x = self.active, args[0]
+        plan = active.current() if active.overridden else active.plan
+        if plan.groups is None:
+            return (self._changed(plan.names, x, host), *args[1:])
+        for names, at in self.mixed_rows(x.shape[0], x.device):
+            if any(name in self._modules for name in names):
+                x = x.index_copy(0, at, self._changed(names, x.index_select(0, at), host))
+        return (x, *args[1:])
+
+    def _changed(self, names: tuple[str, ...], x: Tensor, host: nn.Module) -> Tensor:
+        for name in names:
+            delta: Any = self._modules.get(name)
+            if delta is not None:
+                x = delta.forward(x, host)
+        return x

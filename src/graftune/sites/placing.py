@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from torch import nn
 
 from graftune.sites.base import Deltas, Graft, LinearPlace, Site, base_modules
-from graftune.sites.linear import LinearSite
+from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.state import Active
 
@@ -34,8 +34,7 @@ def insert(
         place, host = graft.place, model.get_submodule(graft.place.module)
         graft.delta.train(host.training)
         if isinstance(place, LinearPlace):
-            device = next(host.parameters()).device
-            site = _site(host, place.site, lambda d=device, p=place: LinearSite(active, p.rows, d))
+            site = _site(host, place.site, lambda h=host, p=place: _linear_site(active, h, p))
             site._modules[name] = graft.delta
             continue
         tensor = host._parameters.get(place.parameter)
@@ -82,6 +81,12 @@ def forget_compiled() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+def _linear_site(active: Active, host: nn.Module, place: LinearPlace) -> Site:
+    if place.side == "input":
+        return InputSite(active)
+    return LinearSite(active, place.rows, next(host.parameters()).device)
 
 
 def _site(

@@ -48,6 +48,8 @@ class RunResult:
     """What was found in the data: `DataReport.to_dict()`."""
     notes: list[str] = field(default_factory=list[str])
     """What the user was told on the way."""
+    heat_maps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What the method has to show of the trained adapter: `HeatMap`s as dictionaries."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as nested dictionaries of plain values."""

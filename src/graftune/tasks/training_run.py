@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,14 @@ class TrainingRun:
         labels = task.labels(data.splits)
         if "validation" not in data.splits:
             settings = _without_validation(settings)
+        method.check_steps(total_steps(settings, len(data.splits["train"])))
         run = cls(settings, task, method, data, labels, watcher, began)
         run.notes.extend(data.report.notes)
+        if method.prunes and settings.train.select == "best":
+            run.settings = settings.replaced(train={"select": "last"})
+            run.notes.append(
+                f"{method.name} prunes until training ends, so the run keeps its last weights."
+            )
         return run
 
     def plan(self) -> dict[str, Any]:
@@ -114,12 +120,17 @@ class TrainingRun:
         encoded = self._encoded(ready)
         if self.labels and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
-        seed = self.settings.train.seed
-        adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed)
+        adapter = attach(
+            ready.model,
+            self.method,
+            self.settings.run_name,
+            seed=self.settings.train.seed,
+            data=self._batches(ready, encoded["train"]) if self.method.needs_data else None,
+        )
         fitted = self._fit(ready, encoded, run_dir, resume)
         self._save(adapter, ready, run_dir)
         measured = self._test(ready, encoded, run_dir)
-        result = self._result(ready, fitted, measured, run_dir, base_bytes)
+        result = self._result(ready, adapter, fitted, measured, run_dir, base_bytes)
         workspace.write_text(run_dir / workspace.RESULT, result.to_json())
         self.watcher.on_end(result)
         return result
@@ -138,6 +149,16 @@ class TrainingRun:
             self._note(note)
         limit = length_limit(self.settings, self.task, base.model, base.tokenizer)
         return Ready(base.model, base.tokenizer, self.labels, limit), base.fresh
+
+    def _batches(self, ready: Ready, encoded: Encoded) -> Iterator[dict[str, Any]]:
+        """Yields the training rows in batches as training sees them, but not shuffled."""
+        from graftune.tasks.batches import collator
+
+        collate, rows = collator(ready), encoded.features
+        size = self.settings.train.batch_size or 1
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size])
+            yield {key: tensor.to(ready.model.device) for key, tensor in batch.items()}
 
     def _start_head(
         self, ready: Ready, fresh: Sequence[str], encoded: Mapping[str, Encoded]
@@ -238,7 +259,13 @@ class TrainingRun:
         workspace.write_lines(run_dir / workspace.PREDICTIONS, rows)
 
     def _result(
-        self, ready: Ready, fitted: Fitted, measured: Measured, run_dir: Path, base_bytes: int
+        self,
+        ready: Ready,
+        adapter: Adapter,
+        fitted: Fitted,
+        measured: Measured,
+        run_dir: Path,
+        base_bytes: int,
     ) -> RunResult:
         from graftune.counting import summary
         from graftune.training.memory import peak_memory_bytes
@@ -262,6 +289,7 @@ class TrainingRun:
             run_dir=str(run_dir),
             data=self.data.report.to_dict(),
             notes=self.notes,
+            heat_maps=[asdict(found) for found in adapter.method.heat_maps(adapter)],
         )
 
     def _note(self, note: str) -> None:

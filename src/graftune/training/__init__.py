@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from graftune.training.lengths import PadToLongest as PadToLongest
     from graftune.training.memory import peak_memory_bytes as peak_memory_bytes
     from graftune.training.memory import reset_peak_memory as reset_peak_memory
+    from graftune.training.steps import AdapterCallback as AdapterCallback
     from graftune.training.trainer import Trainer as Trainer
     from graftune.training.trainer import TrainerMixin as TrainerMixin
 
 _HOMES = {
+    "AdapterCallback": "steps",
     "LengthBatches": "lengths",
     "PadToLongest": "lengths",
     "Trainer": "trainer",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterCallback",
     "LengthBatches",
     "PadToLongest",
     "Trainer",

@@ -49,7 +49,7 @@ def save_adapters(adapters: Sequence[Adapter], folder: Path, *, resumable: bool)
         own = folder_of(adapter, adapters, folder)
         adapter.save(own)
         if resumable:
-            state = _plain(adapter.state_dict())
+            state = _plain(adapter.state_dict(training=True))
             if _same(state, _portable(own, state)):
                 continue
             write_tensors(own / STATE, state)
@@ -68,7 +68,11 @@ def load_adapters(adapters: Sequence[Adapter], folder: Path) -> None:
     for adapter in adapters:
         own = folder_of(adapter, adapters, folder)
         exact = own / STATE
-        tensors = read_tensors(exact) if exact.exists() else _portable(own, adapter.state_dict())
+        tensors = (
+            read_tensors(exact)
+            if exact.exists()
+            else _portable(own, adapter.state_dict(training=True))
+        )
         if not tensors:
             raise TrainingError(
                 f'"{own}" isn\'t a checkpoint of gt.Trainer: it has no tensors for the adapter '

@@ -8,7 +8,11 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from graftune.adapter import Adapter, adapters
+from graftune.errors import TrainingError
 
 if TYPE_CHECKING:
     from graftune.training.trainer import TrainerMixin
@@ -40,6 +44,87 @@ class Interruption:
             signal.signal(signal.SIGINT, before)
 
 
+def trainable(model: nn.Module) -> list[Adapter]:
+    """Returns a model's adapters that get gradients."""
+    found = adapters(model).values()
+    return [a for a in found if any(p.requires_grad for p in a.parameters())]
+
+
+def penalty_of(found: list[Adapter]) -> Tensor | None:
+    """Returns the sum of the methods' penalties, None where there is none."""
+    parts = [part for a in found if (part := a.method.penalty(a)) is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+class AdapterCallback(TrainerCallback):
+    """What lets a Trainer that isn't gt.Trainer train methods with a penalty or a schedule.
+
+        transformers.Trainer(model, args, callbacks=[gt.AdapterCallback()], ...)
+
+    The penalty's gradient is put in place before a step's first batch, so it is added to the
+    loss's, and clipped with it; the reported loss is without the penalty.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Tells the methods how many steps the run has.
+
+        Raises:
+            SettingsError: a schedule doesn't fit so many steps.
+            TrainingError: gradients are scaled (fp16), which only gt.Trainer can do with a penalty.
+        """
+        for adapter in trainable(model):
+            adapter.begin(state.max_steps)
+            if args.fp16 and adapter.method.needs_steps(adapter):
+                raise TrainingError(
+                    f"{adapter.method.name} with fp16 needs gt.Trainer: a callback can't scale its "
+                    "penalty as the loss is scaled; take bf16, or gt.Trainer."
+                )
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Puts the penalty's gradient in place."""
+        penalty = penalty_of(trainable(model))
+        if penalty is not None:
+            penalty.backward()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Moves the schedules on, while the gradients of the step are still there."""
+        for adapter in trainable(model):
+            adapter.advance(state.global_step + 1)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Brings the adapters into their last form."""
+        for adapter in trainable(model):
+            adapter.finish()
+
+
 class Steps(TrainerCallback):
     """Moves the methods' schedules on, and ends a run at a step where it can be resumed."""
 
@@ -49,7 +134,9 @@ class Steps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Restores the loss summed up since it was logged last."""
+        """Tells the methods how long the run is; restores the loss summed up since its last log."""
+        for adapter in self.trainer.training_adapters():
+            adapter.begin(state.max_steps)
         self.trainer.restore_loss()
 
     def on_epoch_begin(
@@ -63,7 +150,13 @@ class Steps(TrainerCallback):
     ) -> None:
         """Moves schedules on, while the gradients of the step are still there."""
         for adapter in self.trainer.training_adapters():
-            adapter.method.advance(adapter, state.global_step + 1, state.max_steps)
+            adapter.advance(state.global_step + 1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Brings the adapters into their last form."""
+        self.trainer.finish_adapters()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -21,13 +21,13 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import rotate_checkpoints
 
-from graftune.adapter import Adapter, adapters
+from graftune.adapter import Adapter
 from graftune.errors import TrainingError
 from graftune.training import checkpoints, groups
 from graftune.training.arguments import training_args
 from graftune.training.diagnosis import first_nonfinite, nonfinite_gradient
 from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
-from graftune.training.steps import Interruption, Steps
+from graftune.training.steps import Interruption, Steps, penalty_of, trainable
 
 _Base = transformers.Trainer if TYPE_CHECKING else object
 _BY_LENGTH = ("random", "group_by_length")
@@ -72,8 +72,15 @@ class TrainerMixin(_Base):
 
     def training_adapters(self) -> list[Adapter]:
         """Returns the attached adapters that train."""
-        found = adapters(_unwrapped(self)).values()
-        return [a for a in found if any(p.requires_grad for p in a.parameters())]
+        return trainable(_unwrapped(self))
+
+    def finish_adapters(self) -> None:
+        """Brings the trained adapters into their last form; a new run makes a new optimizer."""
+        before = {id(p) for a in self.training_adapters() for p in a.parameters()}
+        for adapter in self.training_adapters():
+            adapter.finish()
+        if {id(p) for a in self.training_adapters() for p in a.parameters()} != before:
+            self.optimizer = self.lr_scheduler = None
 
     def train(self, resume_from_checkpoint: Any = None, *rest: Any, **settings: Any) -> Any:
         """Trains; True, or a folder, resumes from a checkpoint.
@@ -121,7 +128,7 @@ class TrainerMixin(_Base):
     ) -> Any:
         """Returns the model's loss plus the methods' penalties in training (with the outputs)."""
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        penalty = self._penalty() if model.training else None
+        penalty = penalty_of(self.training_adapters()) if model.training else None
         if penalty is None:
             return result
         if self._divided_by_the_model(num_items_in_batch):
@@ -129,11 +136,6 @@ class TrainerMixin(_Base):
         if return_outputs:
             return result[0] + penalty, result[1]
         return result + penalty
-
-    def _penalty(self) -> Tensor | None:
-        parts = [a.method.penalty(a) for a in self.training_adapters()]
-        present = [part for part in parts if part is not None]
-        return torch.stack(present).sum() if present else None
 
     def _divided_by_the_model(self, items: Any) -> bool:
         """Whether the loss is normalised over the accumulated batches, not by training_step."""
