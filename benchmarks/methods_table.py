@@ -1,0 +1,142 @@
+"""Every method on the demo's messages with the same budget of steps, in one table.
+
+    python -m benchmarks.methods_table [--steps 380] [--only lora ia3] [--write]
+
+Runs lie in --out, each with its report; a finished one is not done again. Learning rates were
+chosen on the validation messages (see `SETTINGS`), the table is of the test messages.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT
+
+PAGE = ROOT / "docs" / "methods-compared.md"
+STEPS = 380
+"""Five passes over the messages in batches of 16."""
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "head alone": ({"name": "Selective", "targets": ["head"]}, {"lr": 3e-3}),
+    "LoRA": ({"name": "LoRA", "alpha": 16}, {"lr": 2e-3}),
+}
+"""Method and training settings that differ from the defaults; a method not named runs with its own."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run of the table."""
+
+    name: str
+    result: Any
+
+
+def main() -> None:
+    """Trains what is missing and prints the table."""
+    options = _options()
+    lines = [_probe(options.out)]
+    for name, method, train in _runs(options.only):
+        lines.append(_trained(name, method, {"steps": options.steps, **train}, options.out))
+        print(_row(lines[-1]), flush=True)
+    print("\n" + table(lines))
+    if options.write:
+        PAGE.write_text(page(lines, options.steps), encoding="utf-8")
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Returns the runs as a table in Markdown."""
+    head = ("method", "test", "validation", "trained", "on disk", "time")
+    rule = ("---", "---:", "---:", "---:", "---:", "---:")
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *map(_cells, lines)))
+
+
+def page(lines: Sequence[Line], steps: int) -> str:
+    """Returns docs/methods-compared.md, its text around the table kept."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->")
+    _, _, after = rest.partition("<!-- end -->")
+    told = f"{steps} steps of 16 messages each."
+    return f"{before}<!-- table -->\n{told}\n\n{table(lines)}\n<!-- end -->{after}"
+
+
+def _runs(only: Sequence[str]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    from graftune.methods import methods
+
+    settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        **{name: ({"name": name}, {}) for name in methods()},
+        **SETTINGS,
+    }
+    wanted = {name.lower() for name in only}
+    unknown = wanted - {name.lower() for name in settings}
+    if unknown:
+        raise SystemExit(f"no such run: {', '.join(unknown)}; there are {', '.join(settings)}")
+    chosen = [name for name in settings if not wanted or name.lower() in wanted]
+    return [(name, *settings[name]) for name in chosen]
+
+
+def _settings(name: str, out: Path, **more: Any) -> Any:
+    from graftune.cli.demo import examples
+    from graftune.tasks.settings import RunSettings
+
+    data = examples("helpdesk")
+    splits = {split: str(data / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    folder = name.lower().replace(" ", "-")
+    return RunSettings(base="demo:minilm", data=splits, out=str(out / folder), name=folder, **more)
+
+
+def _probe(out: Path) -> Line:
+    from graftune.tasks.result import RunResult
+    from graftune.tasks.run import linear_probe
+
+    settings = _settings("probe", out)
+    done = (settings.run_dir / "result.json").exists()
+    found = RunResult.load(settings.run_dir) if done else linear_probe(settings, overwrite=True)
+    return Line("linear probe of the mean vectors", found)
+
+
+def _trained(name: str, method: dict[str, Any], train: dict[str, Any], out: Path) -> Line:
+    from graftune.errors import SettingsError
+    from graftune.tasks.run import train as train_run
+
+    settings = _settings(name, out, method=method, train=train)
+    try:
+        return Line(name, train_run(settings, resume=True))
+    except SettingsError:  # begun with other settings
+        return Line(name, train_run(settings, overwrite=True))
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    from graftune.compare.report import words
+
+    result = line.result
+    scores = [
+        words.metric_value("accuracy", result.metrics.get(split, {}).get("accuracy"))
+        for split in ("test", "validation")
+    ]
+    return (
+        line.name,
+        *scores,
+        words.number(result.parameters.get("trainable")),
+        words.size(result.adapter_bytes) if result.adapter_path else "–",
+        words.duration(result.seconds),
+    )
+
+
+def _row(line: Line) -> str:
+    return "  ".join(_cells(line))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=Path("graftune-methods"))
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
