@@ -11,7 +11,6 @@ counted from that start, so W itself stays as it is. DoRA: see `Magnitude`. LoRA
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from graftune.anatomy import Anatomy, Projection, resolve, resolve_biases
 from graftune.errors import SettingsError, nearest
 from graftune.methods import _low_rank as low_rank
+from graftune.methods._patterns import check_patterns, check_used, value_for
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
 from graftune.sites.base import Delta, Graft, LinearPlace, ParameterPlace
@@ -88,38 +88,27 @@ class LoRA(Method):
             raise SettingsError(f'LoRA: init "{self.init}" goes with neither dora nor lora_bias.')
         if self.init == "pissa" and self.alpha == 0:
             raise SettingsError('LoRA: init "pissa" divides by alpha, which is 0.')
-        self._check_pattern("rank_pattern", 1)
-        self._check_pattern("alpha_pattern", 0)
-
-    def _check_pattern(self, field: str, low: int) -> None:
-        for pattern, value in (getattr(self, field) or {}).items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise SettingsError(
-                    f'LoRA: {field} names "{pattern}", which isn\'t a regular expression: {error}.'
-                ) from error
-            if not (math.isfinite(value) and value >= low):
-                raise SettingsError(
-                    f'LoRA: {field}["{pattern}"] is {value}, expected at least {low}.'
-                )
+        check_patterns(self.name, "rank_pattern", self.rank_pattern, 1)
+        check_patterns(self.name, "alpha_pattern", self.alpha_pattern, 0)
 
     def scale(self, module: str) -> float:
         """Returns s for a module."""
         r = self.rank_of(module)
-        alpha = _matching(self.alpha_pattern, module)
+        alpha = value_for(self.alpha_pattern, module)
         alpha = alpha if alpha is not None else self.alpha
         return (r if alpha is None else alpha) / (math.sqrt(r) if self.rslora else r)
 
     def rank_of(self, module: str) -> int:
         """Returns r for a module."""
-        r = _matching(self.rank_pattern, module)
+        r = value_for(self.rank_pattern, module)
         return self.r if r is None else int(r)
 
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
         """See `Method.plan`."""
         chosen = resolve(model, anatomy, self.targets, self.layers, self.exclude)
-        self._check_patterns(chosen)
+        names = [_name(projection) for projection in chosen]
+        check_used(self.name, "rank_pattern", self.rank_pattern, names)
+        check_used(self.name, "alpha_pattern", self.alpha_pattern, names)
         grafts = [self._graft(model, projection, empty) for projection in chosen]
         for module, ids in self._tokens(anatomy).items():
             grafts += token_grafts(model, anatomy, module, ids)
@@ -174,15 +163,6 @@ class LoRA(Method):
         known = {id(tensor) for tensor in fast}
         slow = [tensor for tensor in adapter.parameters() if id(tensor) not in known]
         return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * self.lr_ratio}]
-
-    def _check_patterns(self, chosen: tuple[Projection, ...]) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, field) or {}:
-                if not any(_matches(pattern, _name(p)) for p in chosen):
-                    raise SettingsError(
-                        f'LoRA: {field} names "{pattern}", which ends none of the '
-                        f"{len(chosen)} targets' names, such as {chosen[0].module}."
-                    )
 
     def _graft(self, model: nn.Module, projection: Projection, empty: bool) -> Graft:
         host = model.get_submodule(projection.module)
@@ -306,17 +286,6 @@ def _height(projection: Projection, out: int) -> int:
 def _name(projection: Projection) -> str:
     """Returns what patterns are held against: the module, or an expert tensor's own name."""
     return projection.module if projection.parameter == "weight" else projection.path
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
-def _matching(patterns: dict[str, Any] | None, path: str) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if _matches(pattern, path):
-            return value
-    return None
 
 
 def _indices(projection: Projection, device: torch.device) -> Tensor | None:
