@@ -293,7 +293,8 @@ def attach(
         seed: makes the initial values reproducible, leaving the global generator alone.
         empty: leave tensors uninitialised, for a file to fill them.
         data: batches that some methods look at first (`method.needs_data`): dictionaries of what
-            the model's forward takes, labels among them.
+            the model's forward takes, labels among them. A base on the meta device, which has no
+            numbers to look at data with, needs none.
 
     Raises:
         AdapterError: for a name that is taken or can't be one.
@@ -303,6 +304,7 @@ def attach(
     model = plain_model(model)
     if not isinstance(method, Method):
         raise SettingsError(f"attach takes a method such as gt.LoRA(r=8), found {method!r}.")
+    empty = empty or (method.needs_data and any(p.is_meta for p in model.parameters()))
     if method.needs_data and data is None and not empty:
         raise SettingsError(
             f"{method.name} looks at data before it trains: pass batches, as in "
@@ -312,7 +314,7 @@ def attach(
     def plan(parts: Anatomy) -> Planned:
         chosen = method
         with _seeded(seed):
-            if method.needs_data and data is not None:
+            if method.needs_data and data is not None and not empty:
                 with _base_alone(model):
                     chosen, grafts = method.plan_on(model, parts, data)
             else:
