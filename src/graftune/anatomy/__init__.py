@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from graftune.anatomy.discovery import anatomy
     from graftune.anatomy.printing import render
     from graftune.anatomy.targets import resolve
-    from graftune.anatomy.tensors import resolve_biases, resolve_norms
+    from graftune.anatomy.tensors import resolve_biases, resolve_norms, resolve_tensors
 
 __all__ = [
     "Anatomy",
@@ -44,6 +44,7 @@ __all__ = [
     "resolve",
     "resolve_biases",
     "resolve_norms",
+    "resolve_tensors",
 ]
 
 _LAZY = {
@@ -52,6 +53,7 @@ _LAZY = {
     "resolve": "targets",
     "resolve_biases": "tensors",
     "resolve_norms": "tensors",
+    "resolve_tensors": "tensors",
 }
 
 
