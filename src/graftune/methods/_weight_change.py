@@ -40,8 +40,15 @@ class Matrix:
     fan_in: int
     options: dict[str, Any]
     """Device and dtype of new trainable tensors."""
+    kernel: tuple[int, ...] = ()
+    """Of a convolution: its sizes."""
     index: Tensor | None = None
     """Of experts: the rows changed, where not all."""
+
+    @property
+    def taps(self) -> int:
+        """Positions of a convolution's kernel; 1 elsewhere."""
+        return math.prod(self.kernel)
 
     @property
     def in_experts(self) -> bool:
@@ -68,9 +75,10 @@ def matrices(model: nn.Module, projections: tuple[Projection, ...]) -> Iterator[
             raise SettingsError(f"{part.module} is a grouped convolution, not supported.")
         fan_in, out = hosts.features(host)
         out = out if part.rows is None else sum(stop - start for start, stop in part.rows)
-        taps = math.prod(getattr(host, "kernel_size", ()))
+        kernel = tuple(getattr(host, "kernel_size", ()))
+        fan_in, options = fan_in * math.prod(kernel), hosts.delta_options(host)
         place = LinearPlace(part.module, part.role, part.rows)
-        yield Matrix(place, part.module, host, (), out, fan_in * taps, hosts.delta_options(host))
+        yield Matrix(place, part.module, host, (), out, fan_in, options, kernel)
 
 
 def targeted(
@@ -91,7 +99,7 @@ def _of_experts(host: nn.Module, part: Projection) -> Matrix:
         out = len(index)
     options = hosts.delta_options(host, part.parameter)
     place = ParameterPlace(part.module, part.parameter)
-    return Matrix(place, part.path, host, (experts,), out, fan_in, options, index)
+    return Matrix(place, part.path, host, (experts,), out, fan_in, options, index=index)
 
 
 class LinearChange(LinearDelta):
