@@ -163,16 +163,72 @@ class Recompute:
     """A checkpointing function whose recomputation sees the plan that its forward saw.
 
     The backward pass may run after `using` has ended, or on another thread; the plan travels with
-    the checkpointed call.
+    the checkpointed call. Blocks below the lowest one that trains are left out of the backward
+    pass: what has no gradient to pass on is not recomputed.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], active: Active) -> None:
         self.checkpoint = checkpoint
         self.active = active
 
+    @property
+    def is_reentrant(self) -> bool:
+        """Whether only arguments with a gradient let gradients through, as torch's default does."""
+        return getattr(self.checkpoint, "keywords", {}).get("use_reentrant") is not False
+
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoints `run(*args)` under the present plan."""
+        if not torch.is_grad_enabled():
+            return run(*args)
+        if not any(map(_needs_grad, args)):
+            if not _trains(run):
+                with _without_checkpoints(_modules_of(run)):
+                    return run(*args)
+            if self.is_reentrant:
+                args = _with_gradient(args)
         return self.checkpoint(_Replay(run, self.active, self.active.current()), *args, **kwargs)
+
+
+def _needs_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _trains(run: Callable[..., Any]) -> bool:
+    """Whether a call makes a gradient by itself; true where what it calls can't be told."""
+    if any(map(_needs_grad, getattr(run, "keywords", {}).values())):
+        return True
+    modules = _modules_of(run)
+    return not modules or any(p.requires_grad for m in modules for p in m.parameters())
+
+
+def _modules_of(run: Callable[..., Any]) -> list[nn.Module]:
+    """Returns the modules that a bound or a partial method belongs to."""
+    inner = (*getattr(run, "args", ()), getattr(run, "__self__", None))
+    return [value for value in inner if isinstance(value, nn.Module)]
+
+
+@contextlib.contextmanager
+def _without_checkpoints(modules: list[nn.Module]) -> Iterator[None]:
+    """Lets modules run as if not checkpointed: T5's attentions else make a gradient of nothing."""
+    parts = (part for module in modules for part in module.modules())
+    marked: list[Any] = [m for m in parts if m.__dict__.get("gradient_checkpointing")]
+    for module in marked:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in marked:
+            module.gradient_checkpointing = True
+
+
+def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns arguments of which the first tensor of numbers has a gradient, here cut off."""
+    found = list(args)
+    for at, value in enumerate(found):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found[at] = value.detach().requires_grad_(True)
+            break
+    return tuple(found)
 
 
 class _Replay:
@@ -187,8 +243,20 @@ class _Replay:
 
 
 def carry_plan_through_checkpoints(model: nn.Module, active: Active) -> None:
-    """Wraps the checkpointing functions that transformers hung on the model's blocks."""
+    """Wraps the checkpointing functions that transformers hung on the model's blocks.
+
+    With them it also makes the embeddings' outputs ask for gradients, so that torch's reentrant
+    checkpoints pass some on; the wrapped functions see to that from the first trained block on.
+    """
+    wrapped: set[bool] = set()
+    asking: list[Any] = []
     for module in model.modules():
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, Recompute):
             module.__dict__["_gradient_checkpointing_func"] = Recompute(function, active)
+        if module.__dict__.get("gradient_checkpointing"):
+            wrapped.add(function is not None)
+        if module.__dict__.get("_require_grads_hooks"):
+            asking.append(module)
+    for module in asking if wrapped == {True} else ():
+        module.disable_input_require_grads()
