@@ -201,3 +201,21 @@ def test_quantised_tensors_are_refused() -> None:
 def test_what_means_nothing_is_refused(family: str, targets: Any, words: str) -> None:
     with pytest.raises(AnatomyError, match=words):
         named(family, targets)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_runs_once_for_all_rows_is_known(family: str) -> None:
+    model = FAMILIES[family].build()
+    found, shapes = anatomy(model), dict[str, torch.Size]()
+
+    def look(name: str) -> Any:
+        return lambda _, __, output: shapes.update(
+            {name: getattr(output, "shape", torch.Size([0]))}
+        )
+
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
+    for owner in owners:
+        model.get_submodule(owner).register_forward_hook(look(owner))
+    model(**FAMILIES[family].inputs(batch=13, length=5))
+    once = {name for name, shape in shapes.items() if shape[0] % 13 and "experts" not in name}
+    assert once <= set(found.once_for_all_rows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import graftune as gt
 from graftune.errors import AdapterError
 from graftune.sites.parameter import OwnValue
+from graftune.sites.state import Plan
 from tests.contract.subjects import logits, shake
 from tests.families import FAMILIES
 
@@ -159,3 +160,14 @@ def test_a_head_of_another_size_is_used_alone() -> None:
     base = torch.randn(3, 4)
     delta = OwnValue(torch.randn(5, 4), adds=False)
     assert torch.equal(delta(base, base), delta.value)
+
+
+def test_rows_of_a_module_that_gives_back_several_things_are_refused() -> None:
+    model = FAMILIES["mixtral"].build()
+    for name in "ab":
+        gt.attach(model, gt.FullFineTuning(keep_base=True), name)
+    router = model.get_submodule("model.layers.0.mlp.gate")
+    active = gt.state_of(model).active
+    rows = gt.Rows(["a", "b"])
+    with active.pinned(Plan.of(rows)), pytest.raises(AdapterError, match="Router reads the tens"):
+        router(torch.randn(4, 32))

@@ -71,9 +71,8 @@ def _last(path: str) -> str:
 def _is_shared(path: str, model_type: str) -> bool:
     """Whether a module sees one input for all rows of a batch."""
     ends = table.ONCE_FOR_ALL_ROWS.get(model_type, ())
-    return _last(path) in table.RELATIVE_BIASES or f".{path}".endswith(
-        tuple(f".{end}" for end in ends)
-    )
+    sees_positions = table.OF_POSITIONS.fullmatch(_last(path)) is not None
+    return sees_positions or f".{path}".endswith(tuple(f".{end}" for end in ends))
 
 
 def _stacks(

@@ -6,6 +6,7 @@ splitting a module's output as the model does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -119,5 +120,7 @@ ONCE_FOR_ALL_ROWS: dict[str, tuple[str, ...]] = {
 }
 """Ends of the paths of modules that see one input for all rows of a batch."""
 
-RELATIVE_BIASES = frozenset({"relative_attention_bias", "relative_position_bias"})
-"""Names of modules, in any type, that see positions and not rows (T5, Swin)."""
+OF_POSITIONS = re.compile(
+    r"relative_(attention|position)_bias|pos_(key|query)_proj|wpe|(\w*_)?pos(itions?)?(_emb\w*)?"
+)
+"""Names of modules, in any type, that see positions and not rows (T5, Swin, DeBERTa; tables)."""

@@ -140,7 +140,11 @@ class ParameterSite(Site):
         if plan.groups is None or not any(name in self._modules for name in plan.names):
             return None
         if not isinstance(output, Tensor):
-            return None
+            raise AdapterError(
+                f"{type(self.owner[0] or host).__name__} reads the tensors "
+                f"{', '.join(self.tensors)} itself and gives back several things, so they can't be "
+                "others for some rows of a batch only: give each adapter a batch of its own."
+            )
         return self._mixed(host, plan, args, kwargs, output)
 
     def _mixed(
