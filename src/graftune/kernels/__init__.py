@@ -1,0 +1,1 @@
+"""Faster forms of equations, each tested against its plain form."""

@@ -1,0 +1,111 @@
+"""Fastfood: a random matrix M (D, d), applied in O(D log D) (Le et al. 2013, arXiv 1408.3060).
+
+    M x = H G P H B x / sqrt(D * sum G^2), cut to D        N = 2^ceil(log2 max(D, d))
+    H (N, N) Walsh-Hadamard, B random signs, P a random permutation, G Gaussian, x padded to N
+
+E ||M x||^2 = ||x||^2. As x is zero after its first d entries, H B x is the transform of
+2^ceil(log2 d) entries repeated, so only the second transform has N. H is symmetric: the backward pass is
+
+    M^T g = B H P^T G H g / sqrt(D * sum G^2), cut to d
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BITS = 6
+"""Log2 of the largest Hadamard matrix that is multiplied with."""
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Returns H x, `(n,)`, for n a power of two; un-normalised, so that H H x = n x."""
+    n, left = x.numel(), 1
+    bits = n.bit_length() - 1
+    while bits:
+        step = min(_BITS, bits)
+        matrix = _matrix(step).to(device=x.device, dtype=x.dtype)
+        size = 1 << step
+        right = n // (left * size)
+        x = x.reshape(left, size, right)
+        x = x[..., 0] @ matrix if right == 1 else matrix @ x
+        left, bits = left * size, bits - step
+    return x.reshape(n)
+
+
+@cache
+def _matrix(bits: int) -> Tensor:
+    """Returns the Hadamard matrix of 2^bits rows, built by doubling."""
+    found = torch.ones(1, 1)
+    for _ in range(bits):
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found
+
+
+class Fastfood(nn.Module):
+    """One fixed random projection from d to `size` numbers, drawn on the CPU from a seed.
+
+    Buffers, none of them kept in files: signs (2^k,) of +-1, 2^k >= d; source (N,) int32, where
+    each permuted entry comes from; gauss (N,).
+
+    Args:
+        d: width of what is projected.
+        size: D, the width of the projection.
+        seed: the same seed gives the same projection on every device.
+        device: where the buffers go.
+    """
+
+    signs: Tensor
+    source: Tensor
+    gauss: Tensor
+
+    def __init__(self, d: int, size: int, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.d, self.size = d, size
+        draw = torch.Generator().manual_seed(seed)
+        low = 1 << math.ceil(math.log2(d)) if d > 1 else 1
+        high = max(low, 1 << math.ceil(math.log2(size)) if size > 1 else 1)
+        signs = torch.randint(0, 2, (low,), generator=draw, dtype=torch.float32) * 2 - 1
+        source = torch.randperm(high, generator=draw).remainder_(low).to(torch.int32)
+        gauss = torch.randn(high, generator=draw)
+        self.scale = 1 / math.sqrt(size * float(gauss.double().square().sum()))
+        self.register_buffer("signs", signs.to(device), persistent=False)
+        self.register_buffer("source", source.to(device), persistent=False)
+        self.register_buffer("gauss", gauss.to(device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns M x, `(size,)`, for x `(d,)`."""
+        return _Apply.apply(x, self)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Returns M x without a graph."""
+        low = x.new_zeros(self.signs.numel())
+        low[: self.d] = x
+        low = hadamard(low * self.signs)
+        high = hadamard(low.index_select(0, self.source) * self.gauss)
+        return high[: self.size] * self.scale
+
+    def fold(self, g: Tensor) -> Tensor:
+        """Returns M^T g, `(d,)`, for g `(size,)`."""
+        high = g.new_zeros(self.gauss.numel())
+        high[: self.size] = g
+        high = hadamard(high) * self.gauss
+        low = g.new_zeros(self.signs.numel()).index_add_(0, self.source, high)
+        return (hadamard(low) * self.signs)[: self.d] * self.scale
+
+
+class _Apply(torch.autograd.Function):
+    """M x, with M^T in the backward pass; nothing of the forward is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projection: Fastfood) -> Tensor:
+        ctx.projection = projection
+        return projection.project(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return ctx.projection.fold(gradients[0]), None
