@@ -14,12 +14,17 @@ from graftune.sites.state import Active
 class LinearSite(Site):
     """Deltas on the output of one host.
 
+    Where a host has several such sites (slices of it, and the whole), the first runs the deltas of
+    all, adapter by adapter, so that the order is that of the adapters and not of the hooks.
+
     Args:
         active: the model's shared state.
         rows: half-open ranges of output features that the deltas see; None for all.
     """
 
     index: Tensor | None
+    sites: tuple[LinearSite, ...]
+    """Those whose deltas this one runs, itself the first; none where another does."""
 
     def __init__(
         self, active: Active, rows: tuple[tuple[int, int], ...] | None, device: torch.device
@@ -29,34 +34,55 @@ class LinearSite(Site):
         if rows is not None:
             index = torch.cat([torch.arange(a, b, device=device) for a, b in rows])
         self.register_buffer("index", index, persistent=False)
+        self.sites = (self,)
 
     def hook(self, host: nn.Module) -> None:
         """Registers `after`, ahead of a parameter site's clean-up."""
         self.handles = [host.register_forward_hook(self.after, prepend=True)]
+        _share(_output_sites(host))
+
+    def unhook(self, host: nn.Module) -> None:
+        """See `Site.unhook`."""
+        super().unhook(host)
+        _share([site for site in _output_sites(host) if site is not self])
 
     def after(self, host: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         """Returns the host's output with the active deltas in it. The forward hook."""
-        active = self.active
+        active, sites = self.active, self.sites
         plan = active.current() if active.overridden else active.plan
         if plan.groups is None:
             return self._changed(plan.names, args[0], y, host)
         for names, at in self.mixed_rows(y.shape[0], y.device):
-            if any(name in self._modules for name in names):
+            if any(name in site._modules for site in sites for name in names):
                 x, some = args[0].index_select(0, at), y.index_select(0, at)
                 y = y.index_copy(0, at, self._changed(names, x, some, host))
         return y
 
     def _changed(self, names: tuple[str, ...], x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
-        deltas, index = self._modules, self._buffers["index"]  # not by attribute: a hot path
+        sites = self.sites
         for name in names:
-            delta: Any = deltas.get(name)
-            if delta is None:
-                continue
-            if index is None:
-                y = delta.forward(x, y, host)
-            else:
-                y = y.index_copy(-1, index, delta.forward(x, y.index_select(-1, index), host))
+            for site in sites:
+                delta: Any = site._modules.get(name)
+                if delta is None:
+                    continue
+                index = site._buffers["index"]  # not by attribute: a hot path
+                if index is None:
+                    y = delta.forward(x, y, host)
+                else:
+                    part = delta.forward(x, y.index_select(-1, index), host)
+                    y = y.index_copy(-1, index, part)
         return y
+
+
+def _output_sites(host: nn.Module) -> list[LinearSite]:
+    sites = host.get_submodule("deltas").children()
+    return [site for site in sites if isinstance(site, LinearSite)]
+
+
+def _share(sites: list[LinearSite]) -> None:
+    """Lets the first of a host's output sites run the deltas of all."""
+    for site in sites:
+        site.sites = tuple(sites) if site is sites[0] else ()
 
 
 class InputSite(Site):
