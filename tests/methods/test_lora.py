@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graftune as gt
 from graftune.errors import AnatomyError, GraftuneError, SettingsError
@@ -233,6 +233,20 @@ def test_lora_plus_gives_b_a_higher_rate(family: str) -> None:
     assert sorted(map(id, every)) == sorted(id(t) for t in adapter.parameters())
 
 
+def test_lora_plus_in_a_bare_loop_moves_b_further() -> None:
+    moved: dict[float | None, Tensor] = {}
+    for ratio in (None, 16):
+        model, method = FAMILIES["bert"].build(), gt.LoRA(r=2, lr_ratio=ratio, train_head=False)
+        adapter = gt.attach(model, method, seed=0)
+        groups = method.param_groups(adapter, lr=1e-3) or [{"params": adapter.parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=1e-3)
+        model(**FAMILIES["bert"].inputs()).logits.pow(2).sum().backward()
+        optimizer.step()
+        moved[ratio] = delta_of(model, QUERY).B.detach().clone()
+    assert moved[None].any()
+    torch.testing.assert_close(moved[16], 16 * moved[None])
+
+
 def test_lora_plus_turns_an_embeddings_factors_round() -> None:
     method = gt.LoRA(r=2, lr_ratio=4, targets="embeddings")
     adapter = gt.attach(FAMILIES["bert"].build(), method)
@@ -263,10 +277,15 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"lr_ratio": -2}, "LoRA: lr_ratio is -2, expected at least 0."),
     (
         {"init": "pisa"},
-        "LoRA: init is 'pisa', expected one of zero-B, gaussian, pissa, olora. "
+        "LoRA: init is 'pisa', expected one of zero-B, gaussian, pissa, olora, eva. "
         'Did you mean "pissa"?',
     ),
     ({"init": 3}, "LoRA: init is 3 (int), expected"),
+    ({"init": "loftq"}, 'LoRA: init "loftq" corrects the error of a quantised base, which is not'),
+    ({"init": "eva", "eva_rho": 0.5}, "LoRA: eva_rho is 0.5, expected at least 1."),
+    ({"init": "eva", "eva_tau": 1.1}, "LoRA: eva_tau is 1.1, expected between 0 and 1."),
+    ({"eva_rho": 1.0}, 'LoRA: eva_rho is a setting of init="eva", found init="zero-B".'),
+    ({"eva_whiten": True, "init": "pissa"}, 'eva_whiten is a setting of init="eva", found init="p'),
     ({"bias": "some"}, "LoRA: bias is 'some', expected one of none, all, lora_only."),
     ({"rank_pattern": {"query": 0}}, 'LoRA: rank_pattern["query"] is 0, expected at least 1.'),
     ({"rank_pattern": {"(query": 2}}, 'rank_pattern names "(query", which isn\'t a regular'),

@@ -435,6 +435,14 @@ def test_a_method_sets_learning_rates(tmp_path) -> None:
         run.create_optimizer()
 
 
+def test_lora_plus_trains_b_faster(tmp_path) -> None:
+    run = trainer(tmp_path, gt.LoRA(r=2, lr_ratio=16), max_steps=1, warmup_steps=0, optim="sgd")
+    rates = {id(p): g["lr"] for g in run.create_optimizer().param_groups for p in g["params"]}
+    for name, tensor in gt.adapters(run.model)["task"].named_parameters():
+        assert rates[id(tensor)] == pytest.approx(0.16 if name.endswith(".B") else 0.01), name
+    run.train()
+
+
 @pytest.mark.parametrize("method", [gt.LoRA(r=2, dora=True), gt.BitFit(), gt.FullFineTuning()])
 def test_only_matrices_decay(tmp_path, method) -> None:
     optimizer = trainer(tmp_path, method, weight_decay=0.1).create_optimizer()

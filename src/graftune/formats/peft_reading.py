@@ -22,8 +22,10 @@ from graftune.formats.base import base_name, embeddings
 from graftune.formats.factors import Factors, Slice
 from graftune.formats.peft_common import is_below
 from graftune.formats.tensors import listed
+from graftune.methods._lora_starts import start_from_weight
+from graftune.methods._lora_tokens import token_grafts
 from graftune.methods._low_rank import LowRank, TokenRows
-from graftune.methods.lora import LoRA, start_from_weight, token_grafts
+from graftune.methods.lora import LoRA
 from graftune.sites import hosts
 from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value

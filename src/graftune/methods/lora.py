@@ -5,12 +5,15 @@
 
 Identity at init: yes, bit for bit. Merge: W + s B A. Count: r * (in + out) per matrix.
 PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start A and B from W; here the change is
-counted from that start, so W itself stays as it is. DoRA: see `Magnitude`. LoRA+: `lr_ratio`.
+counted from that start, so W itself stays as it is. EVA (arXiv 2410.07170) starts A from data: see
+`_eva`. DoRA: see `Magnitude`. LoRA+: `lr_ratio`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy, Projection, resolve, resolve_biases
-from graftune.errors import SettingsError, nearest
+from graftune.errors import SettingsError
+from graftune.methods import _eva as eva
+from graftune.methods import _lora_starts as starts
 from graftune.methods import _low_rank as low_rank
+from graftune.methods._lora_tokens import token_embedding, token_grafts
 from graftune.methods._patterns import check_patterns, check_used, value_for
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
@@ -59,8 +65,8 @@ class LoRA(Method):
     """Scale by alpha / sqrt(r)."""
     dora: bool = False
     """Train the length of each output row as well (DoRA)."""
-    init: Literal["zero-B", "gaussian", "pissa", "olora"] = "zero-B"
-    """How A and B start."""
+    init: Literal["zero-B", "gaussian", "pissa", "olora", "eva"] = "zero-B"
+    """How A and B start; "eva" looks at data first."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained with it: none, all of the model's, or those of its own hosts."""
     lora_bias: bool = False
@@ -73,6 +79,12 @@ class LoRA(Method):
     """Token ids whose embedding rows are trained; or by embedding module."""
     lr_ratio: float | None = None
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, about 16)."""
+    eva_rho: float = 2.0
+    """EVA: the largest rank over r; above 1, ranks move to where they explain more."""
+    eva_tau: float = 0.99
+    """EVA: cosine to what it was a batch before at which a direction has settled."""
+    eva_whiten: bool = False
+    """EVA: divide each direction by the root of its singular value."""
 
     def check(self) -> None:
         """See `Method.check`."""
@@ -82,14 +94,22 @@ class LoRA(Method):
             self._check_number("alpha", 0)
         if self.lr_ratio is not None:
             self._check_number("lr_ratio", 0)
-        self._check_choice("init", ("zero-B", "gaussian", "pissa", "olora"))
+        self._check_start()
         self._check_choice("bias", ("none", "all", "lora_only"))
-        if self.init in ("pissa", "olora") and (self.dora or self.lora_bias):
-            raise SettingsError(f'LoRA: init "{self.init}" goes with neither dora nor lora_bias.')
-        if self.init == "pissa" and self.alpha == 0:
-            raise SettingsError('LoRA: init "pissa" divides by alpha, which is 0.')
         check_patterns(self.name, "rank_pattern", self.rank_pattern, 1)
         check_patterns(self.name, "alpha_pattern", self.alpha_pattern, 0)
+
+    def _check_start(self) -> None:
+        """Raises for a start that can't be, or settings of a start that isn't chosen."""
+        starts.check(self.init, self.dora or self.lora_bias, self.alpha)
+        self._check_choice("init", starts.STARTS)
+        self._check_number("eva_rho", 1)
+        self._check_number("eva_tau", 0, 1)
+        for field in ("eva_rho", "eva_tau", "eva_whiten"):
+            if self.init != "eva" and getattr(self, field) != getattr(LoRA, field):
+                raise SettingsError(
+                    f'LoRA: {field} is a setting of init="eva", found init="{self.init}".'
+                )
 
     def scale(self, module: str) -> float:
         """Returns s for a module."""
@@ -113,6 +133,45 @@ class LoRA(Method):
         for module, ids in self._tokens(anatomy).items():
             grafts += token_grafts(model, anatomy, module, ids)
         return grafts + self._biases(model, anatomy, chosen, empty)
+
+    @property
+    def needs_data(self) -> bool:
+        """See `Method.needs_data`: EVA does."""
+        return self.init == "eva"
+
+    def plan_on(
+        self, model: nn.Module, anatomy: Anatomy, data: Iterable[Mapping[str, Tensor]]
+    ) -> tuple[Method, list[Graft]]:
+        """See `Method.plan_on`: EVA's start, and its ranks as patterns; see `_eva`."""
+        grafts = self.plan(model, anatomy)  # refuses what doesn't fit before data are looked at
+        chosen = resolve(model, anatomy, self.targets, self.layers, self.exclude)
+        asked = [self.rank_of(_name(part)) for part in chosen]
+        targets = eva.targets(model, anatomy, chosen, asked, self.eva_rho)
+        found = eva.spectra(model, targets, data, self.eva_tau)
+        names = dict(zip(map(_name, chosen), asked, strict=True))
+        ranks = names | eva.shared_out(targets, found)
+        method = self
+        if ranks != names:
+            method = self._with_ranks(ranks)
+            grafts = method.plan(model, anatomy)
+        for graft in grafts:
+            if graft.place.module in found and isinstance(graft.delta, low_rank.LowRank):
+                eva.start(graft.delta.A, found[graft.place.module], self.eva_whiten)
+        return method, grafts
+
+    def _with_ranks(self, ranks: Mapping[str, int]) -> LoRA:
+        """Returns it with a rank for each name, 0 leaving it out; every scale stays as it is."""
+        kept = {name: r for name, r in ranks.items() if r}
+        root = 0.5 if self.rslora else 1
+        alphas = {name: self.scale(name) * r**root for name, r in kept.items()}
+        usual = {name: r if self.alpha is None else self.alpha for name, r in kept.items()}
+        moved = {f"^{n}": a for n, a in alphas.items() if not math.isclose(a, usual[n])}
+        return dataclasses.replace(
+            self,
+            rank_pattern={f"^{n}": r for n, r in kept.items() if r != self.r} or None,
+            alpha_pattern=moved or None,
+            exclude=(*self.exclude, *(name for name, r in ranks.items() if not r)),
+        )
 
     def _biases(
         self, model: nn.Module, anatomy: Anatomy, chosen: tuple[Projection, ...], empty: bool
@@ -187,7 +246,6 @@ class LoRA(Method):
     def _delta(
         self, host: nn.Module, projection: Projection, r: int, scale: float, empty: bool
     ) -> Delta:
-        kind = hosts.kind_of(host)
         options = hosts.delta_options(host)
         fan_in, out = hosts.features(host)
         out = _height(projection, out)
@@ -199,48 +257,19 @@ class LoRA(Method):
         A = torch.empty((r, fan_in, *taps), **options)  # type: ignore[arg-type]
         B = torch.empty((out, r, *[1] * len(taps)), **options)  # type: ignore[arg-type]
         kinds = _DORA_KINDS if self.dora else _KINDS
-        delta = kinds[kind](A, B, scale, self.dropout, self.lora_bias)
+        delta = kinds[hosts.kind_of(host)](A, B, scale, self.dropout, self.lora_bias)
         if projection.rows is not None and self.dora:
-            delta.register_buffer("index", _indices(projection, A.device), persistent=False)
+            delta.register_buffer("index", starts.indices(projection, A.device), persistent=False)
         if empty:
-            self._reserve(delta)
+            starts.reserve(delta, self.init)
         else:
-            self._start(delta, host, projection, kind)
+            starts.start(delta, self.init, host, projection)
         return delta
-
-    def _reserve(self, delta: low_rank.LowRank) -> None:
-        if self.init in ("pissa", "olora"):
-            delta.start_from_here()
-        if isinstance(delta, low_rank.Magnitude):
-            delta.m = nn.Parameter(delta.B.new_empty(delta.B.shape[0]))
-
-    @torch.no_grad()
-    def _start(
-        self, delta: low_rank.LowRank, host: nn.Module, projection: Projection, kind: str
-    ) -> None:
-        if kind == "embedding":
-            nn.init.zeros_(delta.A)
-            nn.init.normal_(delta.B)
-        elif self.init == "gaussian":
-            nn.init.normal_(delta.A, std=1 / delta.A.shape[0])
-            nn.init.zeros_(delta.B)
-        else:
-            nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5))
-            nn.init.zeros_(delta.B)
-        if self.init in ("pissa", "olora"):
-            if kind != "linear":
-                raise SettingsError(
-                    f'LoRA: init "{self.init}" needs a linear map, but {projection.module} is of '
-                    f"kind {kind}."
-                )
-            start_from_weight(self.init, delta, _rows_of(hosts.read(host), projection))
-        if isinstance(delta, low_rank.Magnitude):
-            delta.set_magnitude(_rows_of(hosts.read(host), projection))
 
     def _experts(
         self, host: nn.Module, projection: Projection, r: int, scale: float, empty: bool
     ) -> Graft:
-        if self.dropout or self.dora or self.lora_bias or self.init in ("pissa", "olora"):
+        if self.dropout or self.dora or self.lora_bias or self.init in starts.FROM_WEIGHT:
             raise SettingsError(
                 f"LoRA: {projection.path} holds the weights of experts, on which dropout, dora, "
                 "lora_bias and init from the weight are not possible; leave it out with "
@@ -251,18 +280,14 @@ class LoRA(Method):
         experts, out, fan_in = tensor.shape
         if turned:
             out, fan_in = fan_in, out
-        index = _indices(projection, tensor.device)
+        index = starts.indices(projection, tensor.device)
         out = out if index is None else len(index)
         self._check_rank(projection.path, r, fan_in, out, empty)
         options = hosts.delta_options(host, projection.parameter)
         A = torch.empty((experts, r, fan_in), **options)  # type: ignore[arg-type]
         B = torch.empty((experts, out, r), **options)  # type: ignore[arg-type]
         if not empty:
-            bound = 1 / math.sqrt(fan_in)
-            nn.init.normal_(A, std=1 / r) if self.init == "gaussian" else nn.init.uniform_(
-                A, -bound, bound
-            )
-            nn.init.zeros_(B)
+            starts.start_experts(A, B, self.init)
         delta = low_rank.LowRankExperts(A, B, scale, index, turned)
         return Graft(ParameterPlace(projection.module, projection.parameter), delta)
 
@@ -286,76 +311,3 @@ def _height(projection: Projection, out: int) -> int:
 def _name(projection: Projection) -> str:
     """Returns what patterns are held against: the module, or an expert tensor's own name."""
     return projection.module if projection.parameter == "weight" else projection.path
-
-
-def _indices(projection: Projection, device: torch.device) -> Tensor | None:
-    rows = projection.rows
-    return None if rows is None else torch.cat([torch.arange(*run, device=device) for run in rows])
-
-
-def _rows_of(weight: Tensor, projection: Projection) -> Tensor:
-    index = _indices(projection, weight.device)
-    return weight if index is None else weight[index]
-
-
-def start_from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> None:
-    """Starts A and B from W, `(out, in)`: its top singular directions, or its first QR columns."""
-    r, scale = delta.A.shape[0], delta.scale
-    wide = weight.float()
-    if init == "pissa":
-        U, S, V = torch.linalg.svd(wide, full_matrices=False)
-        root = torch.sqrt(S[:r] / scale)
-        delta.A.copy_(root[:, None] * V[:r])
-        delta.B.copy_(U[:, :r] * root)
-    else:
-        Q, R = torch.linalg.qr(wide)
-        delta.A.copy_(R[:r])
-        delta.B.copy_(Q[:, :r])
-    delta.start_from_here()
-
-
-def token_embedding(model: nn.Module, module: str) -> tuple[str, nn.Embedding]:
-    """Returns the embedding that a whole name or the end of one means, and its path.
-
-    Raises:
-        SettingsError: if it means none or several.
-    """
-    known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    found = [n for n in known if n == module or n.endswith(f".{module}")]
-    if len(found) != 1:
-        raise SettingsError(
-            f'LoRA: trainable_tokens names "{module}", which means {len(found) or "no"} '
-            f"embedding{'s' if len(found) > 1 else ''}; there are {', '.join(known) or 'none'}."
-            f"{nearest(module, known)}"
-        )
-    return found[0], known[found[0]]
-
-
-def token_grafts(
-    model: nn.Module, anatomy: Anatomy, module: str, ids: tuple[int, ...]
-) -> list[Graft]:
-    """Returns the grafts of rows of their own for tokens, in an embedding and what is tied to it.
-
-    Raises:
-        SettingsError: if the module is no embedding, or an id isn't in it.
-    """
-    path, host = token_embedding(model, module)
-    wrong = [i for i in ids if not 0 <= i < host.num_embeddings]
-    if wrong or len(set(ids)) != len(ids) or not ids:
-        raise SettingsError(
-            f"LoRA: trainable_tokens needs different ids from 0 to {host.num_embeddings - 1}, "
-            f"found {wrong or list(ids)}."
-        )
-    at = torch.tensor(ids, device=host.weight.device)
-    options = hosts.delta_options(host)
-    rows = host.weight.detach()[at].to(**options, copy=True)  # type: ignore[call-overload]
-    delta = low_rank.TokenRows(at, rows)
-    grafts = [Graft(LinearPlace(path, "tokens"), delta)]
-    for name, module_ in model.named_modules():
-        tied = isinstance(module_, nn.Embedding) and module_.weight is host.weight
-        if tied and name != path:
-            grafts.append(Graft(LinearPlace(name, "tokens"), low_rank.TokenTwin(delta)))
-    output = anatomy.output_embeddings
-    if output is not None and model.get_submodule(output).weight is host.weight:
-        grafts.append(Graft(LinearPlace(output, "tokens"), low_rank.TokenColumns(delta)))
-    return grafts
