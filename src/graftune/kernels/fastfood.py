@@ -4,7 +4,8 @@
     H (N, N) Walsh-Hadamard, B random signs, P a random permutation, G Gaussian, x padded to N
 
 E ||M x||^2 = ||x||^2. As x is zero after its first d entries, H B x is the transform of
-2^ceil(log2 d) entries repeated, so only the second transform has N. H is symmetric: the backward pass is
+2^ceil(log2 d) entries repeated, so only the second transform has N. H is symmetric, so that the
+backward pass is
 
     M^T g = B H P^T G H g / sqrt(D * sum G^2), cut to d
 """
@@ -18,23 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BITS = 6
+_BITS = 5
 """Log2 of the largest Hadamard matrix that is multiplied with."""
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Returns H x, `(n,)`, for n a power of two; un-normalised, so that H H x = n x."""
-    n, left = x.numel(), 1
-    bits = n.bit_length() - 1
+    """Returns H x, `(n,)`, for n a power of two; un-normalised, so that H H x = n x.
+
+    H is a Kronecker product of small ones: each takes the highest bits of the index that are left
+    and moves them to the end, so that after all of them the order is the old one.
+    """
+    bits = x.numel().bit_length() - 1
     while bits:
         step = min(_BITS, bits)
         matrix = _matrix(step).to(device=x.device, dtype=x.dtype)
-        size = 1 << step
-        right = n // (left * size)
-        x = x.reshape(left, size, right)
-        x = x[..., 0] @ matrix if right == 1 else matrix @ x
-        left, bits = left * size, bits - step
-    return x.reshape(n)
+        x = torch.mm(x.reshape(1 << step, -1).t(), matrix).reshape(-1)
+        bits -= step
+    return x
 
 
 @cache
