@@ -19,6 +19,7 @@ METHODS: dict[str, Method] = {
     "lora": gt.LoRA(r=4, alpha=8),
     "bitfit": gt.BitFit(add_missing=True),
     "full": gt.FullFineTuning(keep_base=True),
+    "ia3": gt.IA3(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 

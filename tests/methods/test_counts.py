@@ -75,6 +75,11 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("BART-large", gt.BitFit(), 333_824),
     ("BERT-base", gt.BitFit(subset="query+intermediate"), 46_080),
     ("BERT-large", gt.BitFit(subset="query+intermediate"), 122_880),
+    ("BERT-base", gt.IA3(), 55_296),
+    ("LLaMA-7B", gt.IA3(), 614_400),
+    ("T0-3B", gt.IA3(), 540_672),
+    ("T5-base", gt.IA3(), 12 * (768 + 768 + 3072) + 12 * (4 * 768 + 3072)),
+    ("ViT-B/16", gt.IA3(), 55_296),
     *((name, gt.FullFineTuning(), total) for name, total in TOTALS.items()),
     ("BERT-base", gt.FullFineTuning(keep_base=True), TOTALS["BERT-base"]),
 ]
