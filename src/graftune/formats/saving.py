@@ -35,8 +35,9 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     Raises:
         FormatError: the path can't be written, or the adapter holds no numbers (meta device).
     """
-    target = Path(path)
-    tensors = {PREFIX + name: tensor for name, tensor in file_tensors(adapter).items()}
+    target, kind = Path(path), peft_types.writer(adapter)
+    named = file_tensors(adapter).items()
+    tensors = {PREFIX + k if kind is None else kind.key(k): tensor for k, tensor in named}
     with replacing(target) as folder:
         write_tensors(folder / directory.WEIGHTS, tensors)
         write_config(adapter, folder)

@@ -11,7 +11,13 @@ from graftune import adapter as adapters
 from graftune.adapter import Planned
 from graftune.errors import FormatError, nearest
 from graftune.formats.filling import fill, head_grafts, own_method
-from graftune.formats.peft_common import NO_RULES, common_config, is_below, without_prefix
+from graftune.formats.peft_common import (
+    NO_RULES,
+    PREFIX,
+    common_config,
+    is_below,
+    without_prefix,
+)
 from graftune.formats.peft_settings import TASK_HEADS, names, saved_modules, targeted_modules
 from graftune.sites.base import Graft, base_modules
 
@@ -87,6 +93,10 @@ class PeftType:
             tensors: by PEFT's names, without its prefix.
         """
         raise NotImplementedError
+
+    def key(self, name: str) -> str:
+        """Returns what a tensor of `tensors` is called in the file, PEFT's prefix with it."""
+        return PREFIX + name
 
     def modules(self, grafts: Sequence[Graft]) -> list[str]:
         """Returns the modules that an adapter changes, its own values left out."""
