@@ -10,6 +10,7 @@ from graftune.cli.demo import demo
 from graftune.cli.evaluate import evaluate
 from graftune.cli.helptext import Group, add
 from graftune.cli.inspect import inspect
+from graftune.cli.intrinsic import intrinsic
 from graftune.cli.merge import merge
 from graftune.cli.methods import methods
 from graftune.cli.predict import predict
@@ -54,4 +55,4 @@ def _top(
     """
 
 
-add(app, demo, train, evaluate, predict, inspect, merge, methods)
+add(app, demo, train, evaluate, predict, inspect, merge, methods, intrinsic)

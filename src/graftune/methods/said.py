@@ -112,7 +112,8 @@ class SAID(Method):
         ]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
-        """See `Method.count`: d."""
+        """See `Method.count`: d. Raises what `plan` raises for sizes."""
+        self._width(self._tensors(model, anatomy))
         return self.d
 
     def _tensors(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:

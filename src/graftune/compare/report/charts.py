@@ -79,6 +79,8 @@ def line_chart(
     x_label: str,
     y_format: Callable[[float], str] = number,
     from_zero: bool = False,
+    is_log: bool = False,
+    bar: tuple[str, float] | None = None,
 ) -> Markup:
     """Returns curves over one pair of axes; the horizontal one starts at 0.
 
@@ -88,16 +90,21 @@ def line_chart(
         x_label: Name of the horizontal axis.
         y_format: How a value is written on the axis and in tooltips.
         from_zero: Whether the vertical axis starts at 0 even if no point comes near.
+        is_log: Whether the horizontal axis is logarithmic, with a tick at each point.
+        bar: A name and a value to draw a horizontal line at.
     """
     series = [one for one in series if one.points]
     if not series:
         return Markup("")
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points] + ([0.0] if from_zero else [])
-    left, right = min(0.0, *xs), max(*xs, 1e-9)
-    x_ticks, y_ticks = ticks(left, right, 7), ticks(min(ys), max(ys), 5)
-    place = _Plane(left, right, y_ticks[0], y_ticks[-1])
+    ys += [bar[1]] if bar else []
+    left, right = (min(xs), max(xs)) if is_log else (min(0.0, *xs), max(*xs, 1e-9))
+    x_ticks = sorted(set(xs)) if is_log else ticks(left, right, 7)
+    y_ticks = ticks(min(ys), max(ys), 5)
+    place = _Plane(left, right, y_ticks[0], y_ticks[-1], is_log)
     parts = [_axes(place, x_ticks, y_ticks, x_label, y_format)]
+    parts += [_bar_line(place, *bar, y_format)] if bar else []
     parts += [_curve(place, one, x_label, y_format) for one in series]
     return _svg("chart", HEIGHT, title, parts)
 
@@ -135,10 +142,14 @@ class _Plane:
     x1: float
     y0: float
     y1: float
+    is_log: bool = False
 
     def x(self, value: float) -> str:
         """Returns the horizontal place of a value."""
         span = WIDTH - LEFT - RIGHT
+        if self.is_log:
+            whole = math.log(self.x1 / self.x0) or 1.0
+            return _f(LEFT + 12 + (span - 24) * math.log(value / self.x0) / whole)
         return _f(LEFT + span * (value - self.x0) / (self.x1 - self.x0))
 
     def y(self, value: float) -> str:
@@ -182,6 +193,16 @@ def _axes(
         )
     )
     return Markup("").join(parts)
+
+
+def _bar_line(place: _Plane, name: str, value: float, y_format: Callable[[float], str]) -> Markup:
+    return Markup(
+        '<line class="whisker" stroke-dasharray="5 4" x1="{}" x2="{}" y1="{}" y2="{}">'
+        '<title>{}: {}</title></line><text class="tick end" x="{}" y="{}" dy="-5">{}</text>'
+    ).format(
+        LEFT, WIDTH - RIGHT, place.y(value), place.y(value), name, y_format(value),
+        WIDTH - RIGHT, place.y(value), f"{name} {y_format(value)}",
+    )  # fmt: skip
 
 
 def _curve(place: _Plane, series: Series, x_label: str, y_format: Callable[[float], str]) -> Markup:

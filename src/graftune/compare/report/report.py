@@ -26,8 +26,12 @@ def write_report(result: Any, path: str | os.PathLike[str]) -> Path:
     Raises:
         SettingsError: if `result` is an empty sequence.
     """
+    return write_page(render_report(result), path)
+
+
+def write_page(page: str, path: str | os.PathLike[str]) -> Path:
+    """Writes a page's HTML whole or not at all, and returns its path; its folder is made."""
     target = Path(path)
-    page = render_report(result)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -55,6 +59,12 @@ def render_report(result: Any) -> str:
 
 
 def _fill(views: Sequence[RunView], comparison: Comparison | None) -> str:
+    verdict = comparison.verdict if comparison else views[0].verdict
+    return fill("template.html.j2", runs=views, comparison=comparison, verdict=verdict)
+
+
+def fill(template: str, **values: Any) -> str:
+    """Returns one of the package's templates with its values in, escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pages = Environment(
@@ -64,9 +74,7 @@ def _fill(views: Sequence[RunView], comparison: Comparison | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = pages.get_template("template.html.j2")
-    verdict = comparison.verdict if comparison else views[0].verdict
-    return template.render(runs=views, comparison=comparison, verdict=verdict)
+    return pages.get_template(template).render(**values)
 
 
 def _as_sequence(result: Any) -> Sequence[Any]:
