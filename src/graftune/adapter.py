@@ -62,6 +62,11 @@ class Adapter:
         self.trainable = True
         self.total_steps: int | None = None
 
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the model it is attached to is made of."""
+        return state_of(self.model).anatomy
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (absolute name, tensor), each once: what a file keeps, parameters and buffers."""
         if self.method.trains_in_place:

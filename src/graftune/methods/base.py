@@ -21,6 +21,7 @@ from graftune.anatomy import Anatomy
 from graftune.errors import SettingsError, nearest
 from graftune.sites.base import Graft
 
+_OUTSIDE = "outside"
 HeadChoice = bool | tuple[str, ...] | None
 
 
@@ -44,6 +45,36 @@ class HeatMap:
     values: tuple[tuple[float | None, ...], ...]
     """By row; None where there is nothing."""
     note: str = ""
+
+    @classmethod
+    def by_block(
+        cls, title: str, values: Mapping[str, float], anatomy: Anatomy, note: str = ""
+    ) -> HeatMap:
+        """Returns a map with a column for each block and a row for each name inside one.
+
+        Args:
+            title: what the numbers are.
+            values: by the absolute name of a module or tensor; those outside every block have a
+                column of their own.
+            anatomy: which blocks there are.
+            note: a sentence below it.
+        """
+        several = len(anatomy.stacks) > 1
+        blocks = {
+            block.path: f"{stack.kind} {block.position}" if several else str(block.position)
+            for stack in anatomy.stacks
+            for block in stack.blocks
+        }
+        cells: dict[tuple[str, str], float] = {}
+        for name, value in values.items():
+            path = next((path for path in blocks if name.startswith(f"{path}.")), None)
+            row = name if path is None else name.removeprefix(f"{path}.")
+            cells[row, _OUTSIDE if path is None else blocks[path]] = value
+        rows = tuple(dict.fromkeys(row for row, _ in cells))
+        filled = {column for _, column in cells}
+        columns = tuple(c for c in (*blocks.values(), _OUTSIDE) if c in filled)
+        table = tuple(tuple(cells.get((row, column)) for column in columns) for row in rows)
+        return cls(title, rows, columns, table, note)
 
 
 @dataclass(frozen=True, kw_only=True)

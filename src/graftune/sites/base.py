@@ -34,7 +34,8 @@ class Delta(nn.Module):
     """
 
     resumes: ClassVar[tuple[str, ...]] = ()
-    """Names of buffers that resumed training needs and the adapter's own file doesn't."""
+    """Names of buffers that resumed training needs and the adapter's own file doesn't; one may be
+    None, once it is needed no more."""
     rank: int | None = None
     """Largest rank of the change, where it is bounded."""
     follows: bool = False
@@ -175,7 +176,9 @@ class Graft:
     def training_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (absolute name, buffer) of what only resumed training needs."""
         for name in self.delta.resumes:
-            yield self._named(name), self.delta.get_buffer(name)
+            buffer = self.delta._buffers[name]
+            if buffer is not None:
+                yield self._named(name), buffer
 
     def _named(self, name: str) -> str:
         if name.startswith("common."):
