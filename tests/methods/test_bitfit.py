@@ -57,8 +57,9 @@ def test_layers_keep_to_their_blocks() -> None:
 
 
 def test_what_merely_has_bias_in_its_name_is_not_trained() -> None:
-    with pytest.raises(SettingsError, match="no biases"):  # T5's relative_attention_bias
-        gt.attach(FAMILIES["t5"].build(), gt.BitFit())
+    for task in ("default", "classification"):  # T5's relative_attention_bias
+        with pytest.raises(SettingsError, match=r"no biases outside its head.*Set add_missing"):
+            gt.attach(FAMILIES["t5"].build(task), gt.BitFit())  # type: ignore[arg-type]
 
 
 def test_qwen2_has_biases_on_query_key_and_value_alone() -> None:
@@ -129,3 +130,39 @@ def test_what_names_nothing_is_refused(settings: dict[str, Any], words: list[str
         gt.attach(model, gt.BitFit(**settings))
     assert all(word in str(error.value) for word in words), str(error.value)
     assert gt.adapters(model) == {}
+
+
+def test_subsets_choose_among_missing_biases_too() -> None:
+    wanted = gt.BitFit(subset="query+intermediate", add_missing=True)
+    found = names("llama", wanted)
+    assert {n.split(".")[-2] for n in found} == {"q_proj", "gate_proj", "up_proj"}
+    assert len(found) == 6
+    pattern = gt.BitFit(subset=r".*o_proj\.bias", add_missing=True)
+    assert len(names("qwen2", pattern)) == 2
+    model = FAMILIES["qwen2"].build()
+    with pytest.raises(SettingsError, match="Layer 9 is out of range"):
+        gt.attach(model, gt.BitFit(layers=9, add_missing=True))
+
+
+def test_the_bias_of_a_fused_projection_cant_be_the_querys_alone() -> None:
+    model = FAMILIES["gpt2"].build()
+    with pytest.raises(SettingsError, match=r"one vector for query and key and value; to train"):
+        gt.attach(model, gt.BitFit(subset="query+intermediate"))
+    assert len(names("gpt2", gt.BitFit(subset=r".*c_attn\.bias"))) == 2
+
+
+def test_no_norm_within_blocks_is_attention_and_feed_forward_alone() -> None:
+    found = names("bert", gt.BitFit(subset="no-norm", layers=":"))
+    assert len(found) == 2 * 6
+    assert all(".layer." in name for name in found)
+
+
+def test_t_fews_variant_trains_new_biases_and_norms_of_t5() -> None:
+    model = FAMILIES["t5"].build()
+    method = gt.BitFit(add_missing=True, train_norms=True)
+    count = method.count(model, gt.anatomy(model))
+    adapter = gt.attach(model, method)
+    found = [n for n, _ in adapter.named_parameters()]
+    assert sum(n.endswith("layer_norm.weight") for n in found) == 12
+    assert sum(n.endswith(".bias") for n in found) == 32
+    assert adapter.count() == count

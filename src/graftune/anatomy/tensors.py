@@ -37,7 +37,9 @@ def resolve_norms(model: nn.Module, anatomy: Anatomy, layers: Layers = None) -> 
     return names
 
 
-def resolve_biases(anatomy: Anatomy, subset: str = "all", layers: Layers = None) -> tuple[str, ...]:
+def resolve_biases(
+    anatomy: Anatomy, subset: str = "all", layers: Layers = None, missing: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Returns the names of the body's biases, those of heads left out.
 
     Args:
@@ -45,38 +47,50 @@ def resolve_biases(anatomy: Anatomy, subset: str = "all", layers: Layers = None)
         subset: "all", "no-norm", "query+intermediate" (the biases of the query projections and of
             the feed-forward's first linears), or a regular expression that names match whole.
         layers: As in `resolve`.
+        missing: Names of biases that linears lack and could be given; they are chosen from too.
 
     Raises:
         AnatomyError: If there are none; says whether the model has any at all.
     """
+    every = [*anatomy.biases, *missing]
     chosen = {
-        "all": lambda: list(anatomy.biases),
-        "no-norm": lambda: [n for n in anatomy.biases if parent(n) not in set(anatomy.norms)],
-        "query+intermediate": lambda: _query_and_intermediate(anatomy),
+        "all": lambda: every,
+        "no-norm": lambda: [n for n in every if parent(n) not in set(anatomy.norms)],
+        "query+intermediate": lambda: _query_and_intermediate(anatomy, every),
     }
-    names = chosen[subset]() if subset in chosen else _matching(anatomy, subset)
+    names = chosen[subset]() if subset in chosen else _matching(every, subset)
     kept = _kept(anatomy, names, layers)
     if not kept:
-        raise AnatomyError(_no_biases(anatomy, subset, layers))
+        raise AnatomyError(_no_biases(anatomy, subset, layers, len(_kept(anatomy, every, None))))
     return kept
 
 
-def _query_and_intermediate(anatomy: Anatomy) -> list[str]:
-    wanted = {
-        f"{projection.module}.bias"
-        for block in anatomy.blocks
-        for span in block.spans
-        for projection in span.roles("query", "gate", "up")
-    }
-    return [name for name in anatomy.biases if name in wanted]
+def _query_and_intermediate(anatomy: Anatomy, every: list[str]) -> list[str]:
+    held: dict[str, set[str]] = {}
+    for block in anatomy.blocks:
+        for span in block.spans:
+            for part in span.projections:
+                held.setdefault(f"{part.module}.bias", set()).add(part.role)
+    wanted = {name for name, roles in held.items() if roles & {"query", "gate", "up"}}
+    found = [name for name in every if name in wanted]
+    for name in found:
+        other = held[name] - {"query", "gate", "up"}
+        if other:
+            end = f"{leaf(parent(name))}.bias"
+            raise AnatomyError(
+                f'Biases "query+intermediate" can\'t be: {name} is one vector for query and '
+                f"{' and '.join(sorted(other))}; to train it whole, give a pattern that names it, "
+                f"r'.*{re.escape(end)}'."
+            )
+    return found
 
 
-def _matching(anatomy: Anatomy, subset: str) -> list[str]:
+def _matching(every: list[str], subset: str) -> list[str]:
     try:
         pattern = re.compile(subset)
     except re.error as error:
         raise AnatomyError(f"Biases {subset!r} isn't a regular expression: {error}.") from error
-    return [name for name in anatomy.biases if pattern.fullmatch(name)]
+    return [name for name in every if pattern.fullmatch(name)]
 
 
 def _kept(anatomy: Anatomy, names: Sequence[str], layers: Layers) -> tuple[str, ...]:
@@ -91,8 +105,7 @@ def _where(layers: Layers) -> str:
     return "" if layers is None else f" in layers {layers!r}"
 
 
-def _no_biases(anatomy: Anatomy, subset: str, layers: Layers) -> str:
-    have = len(_kept(anatomy, anatomy.biases, None))
+def _no_biases(anatomy: Anatomy, subset: str, layers: Layers, have: int) -> str:
     kind = anatomy.model_type
     if not have:
         return f"This {kind} has no biases outside its head, so there are none to train."

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from graftune.anatomy import Anatomy, resolve, resolve_biases
+from graftune.anatomy import Anatomy, resolve, resolve_biases, resolve_norms
 from graftune.errors import AnatomyError, SettingsError
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
@@ -45,43 +45,64 @@ class BitFit(Method):
     add_missing: bool = False
     """Give linears of attention and FFN that have no bias one that starts at zero."""
 
+    train_norms: bool = False
+    """Train the norms' weights too, as T-Few's comparison does on T5, with `add_missing`."""
+
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
         """See `Method.plan`.
 
         Raises:
             SettingsError: if the model has none of these biases and `add_missing` is off.
         """
-        missing = self._missing(model, anatomy) if self.add_missing else []
+        missing = self._missing(model, anatomy)
         try:
-            names = resolve_biases(anatomy, self.subset, self.layers)
+            names = self._names(model, anatomy, missing)
         except AnatomyError as error:
-            if missing:
-                return missing
-            raise SettingsError(
-                f"BitFit: {error} Set add_missing=True to give linears without a bias one, or take "
-                "another method, such as LoRA."
-            ) from error
-        return [own_value(model, name, empty=empty) for name in names] + missing
+            raise SettingsError(f"BitFit: {error}{self._advice(anatomy)}") from error
+        return [
+            _zeros(model, name) if name in missing else own_value(model, name, empty=empty)
+            for name in names
+        ]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
-        """See `Method.count`: the widths of the biases."""
+        """See `Method.count`: the widths of the biases (and of the norms)."""
+        missing = self._missing(model, anatomy)
         try:
-            names = resolve_biases(anatomy, self.subset, self.layers)
+            names = self._names(model, anatomy, missing)
         except AnatomyError:
-            names = ()
-        present = sum(model.get_parameter(name).shape[0] for name in names)
-        missing = self._missing(model, anatomy) if self.add_missing else []
-        widths = (hosts.features(model.get_submodule(g.place.module))[1] for g in missing)
-        return present + sum(widths)
+            return 0
+        places = [ParameterPlace(n.rpartition(".")[0], n.rpartition(".")[2]) for n in names]
+        return sum(place.size(model.get_submodule(place.module)) for place in places)
 
-    def _missing(self, model: nn.Module, anatomy: Anatomy) -> list[Graft]:
-        grafts: list[Graft] = []
-        for module in dict.fromkeys(
-            p.module for p in resolve(model, anatomy, "blocks", self.layers)
-        ):
-            host = model.get_submodule(module)
-            if "bias" not in host._parameters or host._parameters["bias"] is not None:
-                continue
-            zeros = torch.zeros(hosts.features(host)[1], **hosts.delta_options(host))  # type: ignore[call-overload]
-            grafts.append(Graft(ParameterPlace(module, "bias"), OwnValue(zeros)))
-        return grafts
+    def _names(self, model: nn.Module, anatomy: Anatomy, missing: list[str]) -> tuple[str, ...]:
+        biases = resolve_biases(anatomy, self.subset, self.layers, missing)
+        if not self.train_norms:
+            return biases
+        return tuple(dict.fromkeys((*biases, *resolve_norms(model, anatomy, self.layers))))
+
+    def _missing(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
+        """Returns the names of the biases that linears of attention and FFN could be given."""
+        if not self.add_missing:
+            return []
+        modules = dict.fromkeys(p.module for p in resolve(model, anatomy, "blocks"))
+        return [f"{m}.bias" for m in modules if _lacks_bias(model.get_submodule(m))]
+
+    def _advice(self, anatomy: Anatomy) -> str:
+        heads = tuple(f"{head}." for head in anatomy.heads)
+        if self.add_missing or not all(name.startswith(heads) for name in anatomy.biases):
+            return ""
+        return (
+            " Set add_missing=True to give linears without a bias one, or take another method, "
+            "such as LoRA."
+        )
+
+
+def _lacks_bias(host: nn.Module) -> bool:
+    return "bias" in host._parameters and host._parameters["bias"] is None
+
+
+def _zeros(model: nn.Module, name: str) -> Graft:
+    module, _, parameter = name.rpartition(".")
+    host = model.get_submodule(module)
+    zeros = torch.zeros(hosts.features(host)[1], **hosts.delta_options(host))  # type: ignore[call-overload]
+    return Graft(ParameterPlace(module, parameter), OwnValue(zeros))
