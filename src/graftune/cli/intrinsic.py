@@ -57,6 +57,13 @@ def intrinsic(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
+    full_lr: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rates tried for full fine-tuning; else its own.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     share: Annotated[
         float, typer.Option(help="Share of full fine-tuning to reach.", rich_help_panel=_SEARCH)
     ] = 0.9,
@@ -103,6 +110,7 @@ def intrinsic(
         watcher(quiet=quiet),
         dims=numbers("--dims", dims, int) or DIMS,
         lrs=numbers("--lr", lr, float),
+        full_lrs=numbers("--full-lr", full_lr, float),
         share=share,
         reference=reference,
     )

@@ -81,6 +81,7 @@ def search(
     *,
     dims: Sequence[int] = DIMS,
     lrs: Sequence[float] = (),
+    full_lrs: Sequence[float] = (),
     share: float = 0.9,
     reference: float | None = None,
 ) -> Dimension:
@@ -93,6 +94,7 @@ def search(
         watch: told of every run's progress.
         dims: the values of d.
         lrs: learning rates tried for each; none: that of the settings, else SAID's own.
+        full_lrs: those tried for full fine-tuning; none: its own.
         share: of the reference, above 0 up to 1.
         reference: the metric to compare with, instead of full fine-tuning's.
 
@@ -100,12 +102,12 @@ def search(
         SettingsError: a value can't be, or the directory holds a search with other settings.
         DataError: the data can't be trained on.
     """
-    plan = _Plan(settings, tuple(sorted(set(dims))), tuple(lrs), share)
+    plan = _Plan(settings, tuple(sorted(set(dims))), tuple(lrs), tuple(full_lrs), share)
     plan.check()
     plan.check_sizes()
     origin = ""
     if reference is None:
-        full = plan.trained("full", {"name": "FullFineTuning"}, plan.full_lr(), watch)
+        _, full = plan.best("full", {"name": "FullFineTuning"}, plan.full_lrs, watch)
         reference, origin = plan.value(full), full.run_dir
     points = tuple(plan.point(d, watch) for d in plan.dims)
     found = Dimension(plan.metric, share, reference, origin, points)
@@ -120,6 +122,7 @@ class _Plan:
     settings: RunSettings
     dims: tuple[int, ...]
     lrs: tuple[float, ...]
+    full_lrs: tuple[float, ...]
     share: float
 
     def check(self) -> None:
@@ -130,8 +133,9 @@ class _Plan:
             raise SettingsError("a search needs one value of d or more; name them, as 200,1000.")
         if not 0 < self.share <= 1:
             raise SettingsError(f"share is {self.share:g}, expected above 0 and at most 1.")
-        if any(not lr > 0 for lr in self.lrs):
-            raise SettingsError(f"a learning rate is above 0, found {list(self.lrs)}.")
+        if any(not lr > 0 for lr in (*self.lrs, *self.full_lrs)):
+            found = [*self.lrs, *self.full_lrs]
+            raise SettingsError(f"a learning rate is above 0, found {found}.")
         for d in self.dims:
             method_of(self.said(d))
         if self.metric in FALLING:
@@ -173,20 +177,21 @@ class _Plan:
             )
         return {**given, "name": "SAID", "d": d}
 
-    def full_lr(self) -> float:
-        """Returns full fine-tuning's own learning rate: SAID's would ruin it."""
-        from graftune.methods.base import find
-
-        return find("FullFineTuning").default_lr
-
     def point(self, d: int, watch: Watcher) -> Point:
         """Returns the best run of one d."""
+        lrs = self.lrs or ((self.settings.train.lr,) if self.settings.train.lr else ())
+        lr, best = self.best(f"d{d}", self.said(d), lrs, watch)
+        return Point(d, lr, self.value(best), best.seconds, best.run_dir)
+
+    def best(
+        self, name: str, method: dict[str, Any], lrs: Sequence[float], watch: Watcher
+    ) -> tuple[float, RunResult]:
+        """Returns the learning rate that does best on the validation rows, and its run."""
         from graftune.methods.base import find
 
-        lrs = self.lrs or (self.settings.train.lr or find("SAID").default_lr,)
-        runs = [(lr, self.trained(f"d{d}-lr{lr:g}", self.said(d), lr, watch)) for lr in lrs]
-        lr, best = max(runs, key=lambda run: self.value(run[1], "validation"))
-        return Point(d, lr, self.value(best), sum(run.seconds for _, run in runs), best.run_dir)
+        lrs = lrs or (find(method["name"]).default_lr,)
+        runs = [(lr, self.trained(f"{name}-lr{lr:g}", method, lr, watch)) for lr in lrs]
+        return max(runs, key=lambda run: self.value(run[1], "validation"))
 
     def trained(self, name: str, method: dict[str, Any], lr: float, watch: Watcher) -> RunResult:
         """Returns a run, trained unless it is finished already."""
