@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,7 +12,8 @@ from graftune.formats import factors as forms
 from graftune.formats.base import embeddings
 from graftune.formats.factors import Factors
 from graftune.formats.peft_common import common_config, own_values, shortest
-from graftune.formats.peft_settings import DEFAULTS, pattern_value, targeted_parameters
+from graftune.formats.peft_ranks import rank_settings, whole_number
+from graftune.formats.peft_settings import DEFAULTS, targeted_parameters
 from graftune.methods._low_rank import TokenRows
 from graftune.methods.lora import LoRA
 from graftune.sites import hosts
@@ -69,42 +69,14 @@ def _ranks(method: LoRA, found: Sequence[Factors]) -> dict[str, Any]:
     pairs = {factors.name: (factors.rank, _alpha(method, factors)) for factors in found}
     if not pairs:
         return {"r": method.r, "lora_alpha": method.alpha or method.r}
-    given = {
-        "r": method.r,
-        "lora_alpha": _whole_number(method.alpha if method.alpha is not None else method.r),
-        "rank_pattern": method.rank_pattern or {},
-        "alpha_pattern": method.alpha_pattern or {},
-    }
-    if all(_means(given, name) == pair for name, pair in pairs.items()):
-        return given
-    usual = collections.Counter(pairs.values()).most_common(1)[0][0]
-    return {
-        "r": usual[0],
-        "lora_alpha": usual[1],
-        "rank_pattern": _exceptions({name: pair[0] for name, pair in pairs.items()}, usual[0]),
-        "alpha_pattern": _exceptions({name: pair[1] for name, pair in pairs.items()}, usual[1]),
-    }
-
-
-def _means(settings: Mapping[str, Any], name: str) -> tuple[int, float]:
-    return (
-        pattern_value(settings["rank_pattern"], name, settings["r"]),
-        pattern_value(settings["alpha_pattern"], name, settings["lora_alpha"]),
-    )
-
-
-def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    return {f"^{name}": value for name, value in sorted(values.items()) if value != usual}
+    ranks = rank_settings(method, pairs)
+    return {"lora_alpha" if key == "alpha" else key: value for key, value in ranks.items()}
 
 
 def _alpha(method: LoRA, factors: Factors) -> float:
     """Returns the alpha that gives the change its scale at the rank the file counts."""
     divisor = math.sqrt(factors.rank) if method.rslora else factors.rank
-    return _whole_number(factors.scale * divisor)
-
-
-def _whole_number(value: float) -> float:
-    return round(value) if abs(value - round(value)) < 1e-9 else value
+    return whole_number(factors.scale * divisor)
 
 
 def _fan_in_fan_out(model: nn.Module, found: Iterable[Factors]) -> bool:
