@@ -125,6 +125,9 @@ def test_exclusions_are_left_out_again() -> None:
         "transformer.h.0.attn.c_attn.weight",
         "transformer.h.0.attn.c_attn.bias",
     )
+    assert named("llama", "attention", exclude=["biases"]) == named("llama", "attention")
+    with pytest.raises(AnatomyError, match='Did you mean "biases"'):
+        named("llama", "attention", exclude=["biasses"])
     with pytest.raises(AnatomyError, match="leave no tensor in layers 1"):
         named("bert", "embeddings", 1)
     with pytest.raises(AnatomyError, match="'norms' without 'all' leave no tensor"):

@@ -154,16 +154,17 @@ def resolve_tensors(
         anatomy: Its anatomy.
         targets: What is meant.
         layers: As in `resolve`: blocks to stay in; tensors outside blocks are then left out.
-        exclude: What to leave out again, written like `targets`.
+        exclude: What to leave out again, written like `targets`; one of the words above may mean
+            nothing here, such as "biases" where there are none.
 
     Raises:
-        AnatomyError: If a word matches nothing, or only tensors that are tied to others; if some
-            tensor can't be trained (it is quantised) or is meant in part (it is fused); if nothing
-            is left.
+        AnatomyError: If a word or name matches nothing, or only tensors that are tied to others;
+            if some tensor can't be trained (it is quantised) or is meant in part (it is fused); if
+            nothing is left.
     """
     own = _Own(model, anatomy)
     chosen = own.meant(targets)
-    for name, roles in (own.meant(exclude) if exclude else {}).items():
+    for name, roles in (own.meant(exclude, is_needed=False) if exclude else {}).items():
         chosen[name] = chosen.get(name, set()) - roles
     chosen = {name: roles for name, roles in chosen.items() if roles}
     if layers is not None:
@@ -214,14 +215,16 @@ class _Own:
         """Returns the name that a tensor goes by."""
         return self.firsts.get(name, name)
 
-    def meant(self, targets: str | Sequence[str]) -> dict[str, set[str]]:
+    def meant(self, targets: str | Sequence[str], *, is_needed: bool = True) -> dict[str, set[str]]:
         """Returns the roles asked for of each tensor asked for."""
         words = [targets] if isinstance(targets, str) else list(targets)
         if not words or not all(isinstance(word, str) and word for word in words):
             raise AnatomyError(f"targets must be a word or a list of words, got {targets!r}.")
         chosen: dict[str, set[str]] = {}
         for word in words:
-            found = self._by_role(word) or self._by_name(word, is_alone=isinstance(targets, str))
+            found = self._by_role(word)
+            if not found and (is_needed or word not in WORDS):
+                found = self._by_name(word, is_alone=isinstance(targets, str))
             for name, roles in found.items():
                 chosen.setdefault(name, set()).update(roles)
         return chosen
