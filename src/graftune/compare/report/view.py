@@ -22,6 +22,7 @@ from graftune.compare.report.confusion import (
     class_rows,
     worst_confusions,
 )
+from graftune.compare.report.heatmap import heat_map
 
 Run = Mapping[str, Any]
 """A RunResult as JSON, plus "predictions": rows of its test set, where they were written."""
@@ -84,7 +85,7 @@ def run_view(run: Run) -> RunView:
         name=run_name(run),
         verdict=verdict(run),
         tiles=_tiles(run),
-        charts=_charts(run),
+        charts=_charts(run) + _heat_maps(run),
         labels=labels,
         matrix=cells(matrix, labels) if 0 < len(labels) <= MOST_CLASSES and matrix else [],
         classes=class_rows(matrix, labels) if matrix else [],
@@ -226,6 +227,14 @@ def _charts(run: Run) -> list[Chart]:
         _chart("Gradient norm", (("gradient norm", points(run, "grad_norm")),), from_zero=True),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _heat_maps(run: Run) -> list[Chart]:
+    """Returns what the method has to show of the trained adapter."""
+    found = [(one, heat_map(one)) for one in run.get("heat_maps") or ()]
+    return [
+        Chart(str(one["title"]), svg, note=str(one.get("note") or "")) for one, svg in found if svg
+    ]
 
 
 def _chart(
