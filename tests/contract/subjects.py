@@ -17,6 +17,7 @@ from tests.families import FAMILIES, Family
 
 METHODS: dict[str, Method] = {
     "lora": gt.LoRA(r=4, alpha=8),
+    "adalora": gt.AdaLoRA(r=4, target_r=2),
     "bitfit": gt.BitFit(add_missing=True),
     "full": gt.FullFineTuning(keep_base=True),
     "ia3": gt.IA3(),
