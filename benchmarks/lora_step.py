@@ -27,21 +27,22 @@ def run(rounds: int = ROUNDS) -> list[Row]:
 def _compared(
     name: str, base: Any, task: str, batch: Mapping[str, Any], rounds: int, repeat: int
 ) -> Row:
-    sides = {"ours": _step(with_ours(base), batch), "peft": _step(with_peft(base, task), batch)}
+    sides = {"ours": step(with_ours(base), batch), "peft": step(with_peft(base, task), batch)}
     times = take_turns(sides, rounds, repeat=repeat)
     rows, tokens = batch["input_ids"].shape
     ratios = [t["ours"] / t["peft"] for t in times]
     return row(f"lora_step, {name}", ratios, 1.0, note=f"{rows} rows of {tokens} tokens")
 
 
-def _step(model: Any, batch: Mapping[str, Any]) -> Callable[[], None]:
+def step(model: Any, batch: Mapping[str, Any]) -> Callable[[], None]:
+    """Returns a call that takes one step on the batch."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def step() -> None:
+    def take() -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return take

