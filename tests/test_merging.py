@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import graftune as gt
 from graftune.errors import AdapterError
+from graftune.sites.parameter import OwnValue
+from graftune.sites.placing import replace_deltas
 from tests.contract.subjects import logits, same, shake, tensors
 from tests.families import FAMILIES
 
@@ -233,3 +236,24 @@ def test_the_other_adapter_acts_on_top_of_the_merged_one() -> None:
     gt.activate(model, None)
     gt.unmerge(model)
     assert same(tensors(model), tensors(FAMILIES["bert"].build()))
+
+
+class Dropped(OwnValue):
+    """A value with noise in training."""
+
+    def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
+        own = super().forward(value, base)
+        return torch.rand_like(own) if self.training else own
+
+
+def test_what_is_merged_in_training_mode_is_what_acts_in_inference() -> None:
+    model = model_with("bert", "a", method=gt.BitFit())
+    deltas = {g.delta: Dropped(g.delta.value.data) for g in gt.adapters(model)["a"].grafts}
+    replace_deltas(model, gt.adapters(model)["a"].grafts, deltas)
+    expected = logits(model, INPUTS)
+    model.train()
+    gt.merge(model, "a")
+    model.eval()
+    assert torch.equal(logits(model, INPUTS), expected)
+    gt.unmerge(model)
+    assert all(graft.delta.training is False for graft in gt.adapters(model)["a"].grafts)

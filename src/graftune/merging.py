@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -160,12 +162,24 @@ def _add(
     now = changed.get(key)
     if isinstance(delta, ParameterDelta):
         wide = base.detach() if now is None else now
-        changed[key] = delta.forward(wide, wide if now is None else base).detach().clone()
+        with _at_rest(delta):
+            changed[key] = delta.forward(wide, wide if now is None else base).detach().clone()
         return
     assert isinstance(place, LinearPlace)
     changed[key] = _merged_weight(host, place, delta, base if now is None else now)
     if isinstance(delta, LinearDelta):
         _merge_bias(adapter, place, delta, host._parameters.get("bias"), changed)
+
+
+@contextlib.contextmanager
+def _at_rest(delta: Delta) -> Iterator[None]:
+    """Keeps noise and dropout, which are training's, out of what is merged."""
+    training = delta.training
+    delta.eval()
+    try:
+        yield
+    finally:
+        delta.train(training)
 
 
 def _merged_weight(host: nn.Module, place: LinearPlace, delta: Delta, weight: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
-from graftune.sites.base import Deltas, Graft, LinearPlace, Site, base_modules
+from graftune.sites.base import Delta, Deltas, Graft, LinearPlace, Site, base_modules
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.state import Active
@@ -64,6 +64,19 @@ def remove(model: nn.Module, name: str) -> None:
                 del deltas._modules[key]
         if not deltas._modules:
             del host._modules["deltas"]
+
+
+def replace_deltas(
+    model: nn.Module, grafts: Iterable[Graft], others: Mapping[Delta, Delta]
+) -> None:
+    """Puts other deltas in an adapter's places, tied ones too; each takes the old one's mode."""
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if isinstance(child, Delta) and child in others:
+                module._modules[key] = others[child].train(child.training)
+    for graft in grafts:
+        graft.delta = others.get(graft.delta, graft.delta)
+    forget_compiled()
 
 
 def tensor_names(model: nn.Module) -> dict[int, list[tuple[str, str]]]:
