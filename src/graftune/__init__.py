@@ -21,10 +21,20 @@ if TYPE_CHECKING:
     from graftune.counting import summary
     from graftune.formats import inspect, load
     from graftune.merging import merge, unmerge
+    from graftune.methods.adalora import AdaLoRA
     from graftune.methods.base import register
     from graftune.methods.bitfit import BitFit
+    from graftune.methods.diffpruning import DiffPruning
+    from graftune.methods.fishmask import FishMask
     from graftune.methods.full import FullFineTuning
+    from graftune.methods.ia3 import IA3
+    from graftune.methods.layernorm import LayerNormTuning
+    from graftune.methods.loha import LoHa
+    from graftune.methods.lokr import LoKr
     from graftune.methods.lora import LoRA
+    from graftune.methods.said import SAID
+    from graftune.methods.selective import Selective
+    from graftune.methods.vera import VeRA
     from graftune.training import AdapterCallback, Trainer
 
 __version__ = "0.1.0"
@@ -51,15 +61,25 @@ _HOMES = {
     "using": "adapter",
 }
 __all__ = [
+    "IA3",
+    "SAID",
+    "AdaLoRA",
     "Adapter",
     "AdapterCallback",
     "Anatomy",
     "BitFit",
+    "DiffPruning",
+    "FishMask",
     "FullFineTuning",
+    "LayerNormTuning",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Rows",
+    "Selective",
     "Stack",
     "Trainer",
+    "VeRA",
     "activate",
     "adapters",
     "anatomy",
