@@ -21,12 +21,19 @@ METHODS: dict[str, Method] = {
     "bitfit": gt.BitFit(add_missing=True),
     "full": gt.FullFineTuning(keep_base=True),
     "ia3": gt.IA3(),
+    "selective": gt.Selective(),
+    "norms": gt.LayerNormTuning(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
     ("rows", "bitfit", "deberta-v2"): "runs once for all rows",
+    ("rows", "norms", "deberta-v2"): "runs once for all rows",
+    **{
+        ("rows", "selective", family): "runs once for all rows"
+        for family in ("deberta-v2", "t5", "mt5", "swin")
+    },
 }
 """(invariant, method, family) that can't be, with the words of the error that says so."""
 
