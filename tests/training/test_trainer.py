@@ -22,6 +22,7 @@ from tests.training.models import examples, tiny
 OWN = {
     "callbacks",
     "eval_dataset",
+    "forward",
     "group_by_length",
     "on_interrupt",
     "optimizer_cls_and_kwargs",
@@ -398,6 +399,42 @@ def test_the_penalty_is_added_once_per_step(tmp_path, accumulation) -> None:
         return curve(run)[0][1] - weight * expected
 
     assert first_loss(1.0) == pytest.approx(first_loss(0.0), abs=1e-4)
+
+
+def own_forward(model: Any, batch: dict[str, Any]) -> Any:
+    """The model's outputs, the loss computed outside it."""
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_forward_of_ones_own_trains_as_the_models(tmp_path, accumulation) -> None:
+    def run_with(forward: Any) -> Trainer:
+        run = trainer(
+            tmp_path / str(forward is None),
+            penalised(0.1),
+            forward=forward,
+            max_steps=4,
+            gradient_accumulation_steps=accumulation,
+            eval_dataset=examples(6),
+        )
+        run.loss_is_scaled_for_ga = False  # BERT's loss is a mean, though it takes any keyword
+        run.train()
+        return run
+
+    ours, theirs = run_with(own_forward), run_with(None)
+    assert_equal(tensors(ours), tensors(theirs))
+    assert curve(ours) == curve(theirs)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"])
+
+
+def test_a_forward_of_ones_own_is_diagnosed(tmp_path) -> None:
+    run = trainer(tmp_path, forward=own_forward)
+    with torch.no_grad():
+        run.model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("inf")
+    with pytest.raises(TrainingError, match=r'layer\.1\.output\.dense" is the first module'):
+        run.train()
 
 
 def test_no_penalty_in_evaluation(tmp_path) -> None:

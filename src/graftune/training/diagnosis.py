@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,17 +26,22 @@ class _Watch:
                 return
 
 
-def first_nonfinite(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+def first_nonfinite(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> str:
     """Returns a clause that names the first module whose output isn't finite, and why.
 
-    Runs the model once more on `inputs`, without gradients, in the mode it is in. Modules are taken
-    in the order in which they finish, so an inner one is named before the ones around it.
+    Runs the model once more on `inputs`, without gradients, in the mode it is in, by `forward`
+    where a batch isn't what the model takes. Modules are taken in the order in which they finish,
+    so an inner one is named before the ones around it.
     """
     watch = _Watch(model)
     handles = [module.register_forward_hook(watch.seen) for module in watch.names]
     try:
         with torch.no_grad():
-            model(**inputs)
+            model(**inputs) if forward is None else forward(model, dict(inputs))
     finally:
         for handle in handles:
             handle.remove()

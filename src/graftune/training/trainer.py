@@ -44,9 +44,10 @@ class TrainerMixin(_Base):
         *rest: Any,
         group_by_length: bool = True,
         on_interrupt: Callable[[Path | None], None] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
         **settings: Any,
     ) -> None:
-        """Takes what the Trainer takes, and two settings more.
+        """Takes what the Trainer takes, and three settings more.
 
         Args:
             model: a model with adapters attached (or without: then it trains what it would).
@@ -55,10 +56,15 @@ class TrainerMixin(_Base):
             rest: the Trainer's further settings, in its order.
             group_by_length: batches of examples of like length, where they have `input_ids`.
             on_interrupt: called after Ctrl-C with the checkpoint to resume from, or None.
+            forward: gives a batch's outputs, among them "loss", a mean over its examples; else the
+                model itself does.
             settings: the Trainer's further settings, by name.
         """
         self.group_by_length = group_by_length
         self.on_interrupt = on_interrupt
+        self.forward = forward
+        if forward is not None:
+            self.loss_is_scaled_for_ga = False
         self.interruption = Interruption()
         self._order: LengthBatches | None = None
         self._folder: Path | None = None
@@ -115,7 +121,8 @@ class TrainerMixin(_Base):
         """
         loss = super().training_step(model, inputs, *rest, **settings)
         if not math.isfinite(loss.item()):
-            cause = first_nonfinite(_unwrapped(self), self._prepare_inputs(dict(inputs)))
+            batch = self._prepare_inputs(dict(inputs))
+            cause = first_nonfinite(_unwrapped(self), batch, self.forward)
             raise self._not_finite(f"the loss is {loss.item()}", cause)
         return loss
 
@@ -127,7 +134,12 @@ class TrainerMixin(_Base):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Returns the model's loss plus the methods' penalties in training (with the outputs)."""
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any
+        if self.forward is None:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            outputs = self.forward(model, inputs)
+            result = (outputs["loss"], outputs) if return_outputs else outputs["loss"]
         penalty = penalty_of(self.training_adapters()) if model.training else None
         if penalty is None:
             return result
