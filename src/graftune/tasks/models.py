@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 TASKS = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "feature": "AutoModel",
 }
+LANGUAGE_MODEL = "lm"
+"""The task of a causal or an encoder-decoder language model, whichever a base is."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 SHOWN = 3
@@ -65,7 +68,8 @@ def load_base(
 
     Args:
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
-        task: "classification", "causal-lm" or "feature" (no head).
+        task: "classification", "causal-lm", "seq2seq-lm", "lm" (whichever of the two language
+            models it is) or "feature" (no head).
         labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
             A trained head of another size is replaced by a new one.
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
@@ -86,6 +90,8 @@ def load_base(
     source = locate(spec, note or _to_stderr)
     with quiet(), _clear_errors(spec, task, source):
         config = _config(source, labels)
+        if task == LANGUAGE_MODEL:
+            task = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
         model, fresh = _model(source, config, task, dtype, attn, seed)
         tokenizer = _tokenizer(source)
     _refuse_gaps(model, fresh, spec, task)
@@ -98,7 +104,7 @@ def load_base(
 def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: str | None) -> None:
     """Refuses an argument of `load_base` that can't be, before anything is read."""
     for what, value, allowed in (
-        ("task", task, tuple(TASKS)),
+        ("task", task, (*TASKS, LANGUAGE_MODEL)),
         ("dtype", dtype, DTYPES),
         ("attn", attn, (None, *ATTENTIONS)),
     ):

@@ -51,6 +51,7 @@ def resolved(settings: RunSettings, task: Task, method: Method) -> RunSettings:
     train = settings.train
     _check_metric(settings, task)
     _check_columns(settings, task)
+    _check_optimizer(train.optimizer)
     select = "last" if 0 in (train.eval_every, train.save_every) else train.select
     if train.early_stop is not None and select != "best":
         raise SettingsError(
@@ -117,6 +118,17 @@ def _check_metric(settings: RunSettings, task: Task) -> None:
             f'train.metric is "{metric}"; {task.name} has {", ".join(known)}.'
             f"{nearest(metric, known)}"
         )
+
+
+def _check_optimizer(name: str | None) -> None:
+    if name is None:
+        return
+    from transformers.training_args import OptimizerNames
+
+    known = [str(found.value) for found in OptimizerNames]
+    if name not in known:
+        hint = nearest(name, known) or f" There are {', '.join(known)}."
+        raise SettingsError(f'train.optimizer is "{name}", which transformers doesn\'t know.{hint}')
 
 
 def _check_columns(settings: RunSettings, task: Task) -> None:

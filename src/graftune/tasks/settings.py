@@ -96,8 +96,10 @@ class TrainSettings(_Section):
     """How the learning rate goes on after the warm-up."""
     warmup: Fraction = 0.06
     """Share of the steps in which the learning rate rises from 0."""
+    optimizer: str | None = None
+    """Optimiser by transformers' name, as `adafactor`, `sgd` or `adamw_8bit`. Default: AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW; biases and norms never decay."""
+    """Weight decay of the optimiser; biases and norms never decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     seed: int = 0
