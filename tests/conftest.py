@@ -27,7 +27,10 @@ def seeded() -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+        # Not torch.manual_seed, which formats a stack trace for each device that is not there.
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

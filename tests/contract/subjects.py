@@ -18,16 +18,28 @@ from tests.families import FAMILIES, Family
 METHODS: dict[str, Method] = {
     "lora": gt.LoRA(r=4, alpha=8),
     "adalora": gt.AdaLoRA(r=4, target_r=2),
+    "loha": gt.LoHa(r=4, alpha=8),
+    "lokr": gt.LoKr(r=2, alpha=4),
+    "vera": gt.VeRA(r=16),
     "bitfit": gt.BitFit(add_missing=True),
     "full": gt.FullFineTuning(keep_base=True),
     "ia3": gt.IA3(),
+    "said": gt.SAID(d=200),
     "selective": gt.Selective(),
     "norms": gt.LayerNormTuning(),
+    "diffpruning": gt.DiffPruning(keep=0.05),
+    "fishmask": gt.FishMask(keep=0.05),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
+    **{("rows", "said", family): "changes whole weights" for family in FAMILIES},
+    **{
+        ("rows", m, f): "changes whole weights"
+        for m in ("diffpruning", "fishmask")
+        for f in FAMILIES
+    },
     ("rows", "bitfit", "deberta-v2"): "runs once for all rows",
     ("rows", "norms", "deberta-v2"): "runs once for all rows",
     **{
@@ -43,6 +55,9 @@ BASE_DEPENDS_ON_PADDING = {
 }
 """Where the base itself answers otherwise when padded: encoders pool the first position, and
 BART's encoder counts positions from the padding on."""
+
+ONE_SIZE = ("whisper", "vit", "swin")
+"""Families of sound and images, which have one size and no padding."""
 
 EAGER_ONLY = ("gemma2",)
 """Families whose own logits differ between attention kernels (it caps scores in eager alone)."""

@@ -89,3 +89,28 @@ def test_drawn_numbers_are_pinned() -> None:
     assert made.signs.tolist() == PINNED["signs"]
     assert made.source.tolist() == PINNED["source"]
     torch.testing.assert_close(made.gauss[:3], torch.tensor(PINNED["gauss"]))
+
+
+def test_it_is_as_exact_under_autocast_and_in_a_model_cast_to_16_bits() -> None:
+    made, x = Fastfood(100, 3000, seed=1, device=torch.device("cpu")), torch.randn(100)
+    expected = made(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(made(x), expected)
+    made.bfloat16()
+    assert torch.equal(made(x), expected)
+    half = x.bfloat16().requires_grad_()
+    made(half).sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_a_default_device_or_dtype_changes_nothing() -> None:
+    x = torch.randn(9)
+    expected = Fastfood(9, 70, 1, torch.device("cpu"))(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            made = Fastfood(9, 70, 1, torch.device("cpu"))
+            assert torch.equal(made(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -162,3 +162,20 @@ def test_rows_are_refused() -> None:
     moved(model)
     with pytest.raises(AdapterError, match="changes whole weights"):
         gt.activate(model, gt.Rows(["task", None]))
+
+
+def test_no_activation_of_a_tensors_size_is_kept_for_the_backward_pass() -> None:
+    model = BERT.build()
+    adapter = moved(model)
+    graft = max(adapter.grafts, key=lambda g: model.get_parameter(g.place.key).numel())
+    base = model.get_parameter(graft.place.key)
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        graft.delta(base, base).sum().backward()
+    assert max(kept) < base.numel()
+    assert graft.delta.common.intrinsic.grad is not None

@@ -21,8 +21,8 @@ CONVOLUTION = {"target_modules": ["projection", "q_proj"]}
 CORE = {"use_effective_conv2d": True}
 FROM_PEFT: list[Case] = [
     *((family, "plain", {}) for family in FAMILIES_OF_PEFT),
-    *((family, "both", {"decompose_both": True, "r": 1}) for family in FAMILIES_OF_PEFT),
-    *((family, "both whole", {"r": 8, "alpha": 3}) for family in FAMILIES_OF_PEFT),
+    *((family, "both", {"decompose_both": True, "r": 1}) for family in ("bert", "llama")),
+    *((family, "both whole", {"r": 8, "alpha": 3}) for family in ("bert", "llama")),
     ("llama", "alpha", {"alpha": 3}),
     ("llama", "lycoris", {"init_weights": "lycoris"}),
     ("llama", "lycoris, both", {"init_weights": "lycoris", "decompose_both": True, "r": 1}),
@@ -54,7 +54,7 @@ def test_what_peft_writes_we_load(
 
 TO_PEFT: list[Case] = [
     *((family, "plain", {}) for family in FAMILIES_OF_PEFT),
-    *((family, "both", {"decompose_both": True, "r": 1}) for family in FAMILIES_OF_PEFT),
+    ("llama", "both", {"decompose_both": True, "r": 1}),
     ("llama", "alpha", {"alpha": 3.0, "rank_dropout": 0.1, "rank_dropout_scale": True}),
     ("llama", "both whole", {"r": 8, "alpha": 3.0}),
     ("llama", "both whole, as LyCORIS scales", {"r": 8, "alpha": 3.0, "scaling": "lycoris"}),
@@ -79,7 +79,7 @@ def test_what_we_write_peft_loads(
     check_to_peft(family, "default", gt.LoKr(**{"r": 2} | settings), tmp_path / "a")
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "vit"])
+@pytest.mark.parametrize("family", ["bert", "vit"])
 def test_a_classifier_of_ours_is_loaded_by_peft_with_its_head(family: str, tmp_path: Path) -> None:
     check_to_peft(family, "classification", gt.LoKr(r=2), tmp_path / "a")
 

@@ -41,7 +41,7 @@ def hadamard(x: Tensor) -> Tensor:
 @cache
 def _matrix(bits: int) -> Tensor:
     """Returns the Hadamard matrix of 2^bits rows, built by doubling."""
-    found = torch.ones(1, 1)
+    found = torch.ones(1, 1, device="cpu", dtype=torch.float32)
     for _ in range(bits):
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
     return found
@@ -51,7 +51,8 @@ class Fastfood(nn.Module):
     """One fixed random projection from d to `size` numbers, drawn on the CPU from a seed.
 
     Buffers, none of them kept in files: signs (2^k,) of +-1, 2^k >= d; source (N,) int32, where
-    each permuted entry comes from; gauss (N,).
+    each permuted entry comes from; bits (N,) int32, those of `gauss`, so that a model cast to 16
+    bits keeps its projection.
 
     Args:
         d: width of what is projected.
@@ -62,7 +63,7 @@ class Fastfood(nn.Module):
 
     signs: Tensor
     source: Tensor
-    gauss: Tensor
+    bits: Tensor
 
     def __init__(self, d: int, size: int, seed: int, device: torch.device) -> None:
         super().__init__()
@@ -70,33 +71,45 @@ class Fastfood(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         low = 1 << math.ceil(math.log2(d)) if d > 1 else 1
         high = max(low, 1 << math.ceil(math.log2(size)) if size > 1 else 1)
-        signs = torch.randint(0, 2, (low,), generator=draw, dtype=torch.float32) * 2 - 1
-        source = torch.randperm(high, generator=draw).remainder_(low).to(torch.int32)
-        gauss = torch.randn(high, generator=draw)
+        wide: dict[str, Any] = {"generator": draw, "device": "cpu", "dtype": torch.float32}
+        signs = torch.randint(0, 2, (low,), **wide) * 2 - 1
+        source = torch.randperm(high, generator=draw, device="cpu").remainder_(low).to(torch.int32)
+        gauss = torch.randn(high, **wide)
         self.scale = 1 / math.sqrt(size * float(gauss.double().square().sum()))
         self.register_buffer("signs", signs.to(device), persistent=False)
         self.register_buffer("source", source.to(device), persistent=False)
-        self.register_buffer("gauss", gauss.to(device), persistent=False)
+        self.register_buffer("bits", gauss.view(torch.int32).to(device), persistent=False)
+
+    @property
+    def gauss(self) -> Tensor:
+        """G's diagonal, `(N,)`, float32."""
+        return self.bits.view(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns M x, `(size,)`, for x `(d,)`."""
         return _Apply.apply(x, self)
 
     def project(self, x: Tensor) -> Tensor:
-        """Returns M x without a graph."""
-        low = x.new_zeros(self.signs.numel())
-        low[: self.d] = x
-        low = hadamard(low * self.signs)
-        high = hadamard(low.index_select(0, self.source) * self.gauss)
-        return high[: self.size] * self.scale
+        """Returns M x without a graph, in float32 or wider whatever autocast says."""
+        with torch.autocast(x.device.type, enabled=False):
+            low = hadamard(_padded(x * self.scale, self.signs.numel()) * self.signs)
+            high = hadamard(low.index_select(0, self.source).mul_(self.gauss))
+            return high[: self.size]
 
     def fold(self, g: Tensor) -> Tensor:
-        """Returns M^T g, `(d,)`, for g `(size,)`."""
-        high = g.new_zeros(self.gauss.numel())
-        high[: self.size] = g
-        high = hadamard(high) * self.gauss
-        low = g.new_zeros(self.signs.numel()).index_add_(0, self.source, high)
-        return (hadamard(low) * self.signs)[: self.d] * self.scale
+        """Returns M^T g, `(d,)`, for g `(size,)`; as `project` does."""
+        with torch.autocast(g.device.type, enabled=False):
+            high = hadamard(_padded(g, self.bits.numel())).mul_(self.gauss)
+            low = high.new_zeros(self.signs.numel()).index_add_(0, self.source, high)
+            return (hadamard(low) * self.signs)[: self.d] * self.scale
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    """Returns x with zeros behind it, `(size,)`, in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    padded = x.new_zeros(size, dtype=wide)
+    padded[: x.numel()] = x
+    return padded
 
 
 class _Apply(torch.autograd.Function):

@@ -52,11 +52,12 @@ class Projected(ParameterDelta):
         self.projection = projection
 
     def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
-        """See `ParameterDelta.forward`."""
+        """See `ParameterDelta.forward`; lambda * z is projected, so that no M z is kept for it."""
         assert value is not None
         assert self.projection is not None
-        change = self.projection(self.common.intrinsic).reshape(value.shape)
-        return value + (change if self.lam is None else self.lam * change).to(value.dtype)
+        z = self.common.intrinsic if self.lam is None else self.lam * self.common.intrinsic
+        change = self.projection(z.to(value.device)).reshape(value.shape)
+        return (value + change).to(value.dtype)
 
 
 @register
