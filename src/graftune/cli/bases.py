@@ -11,8 +11,13 @@ from graftune.errors import FormatError
 if TYPE_CHECKING:
     from graftune.tasks.models import Base
 
-_TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm", "FEATURE_EXTRACTION": "feature"}
-_OURS = {"classification": "classification", "instruct": "causal-lm"}
+_TASKS = {
+    "SEQ_CLS": "classification",
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
+    "FEATURE_EXTRACTION": "feature",
+}
+_OURS = {"classification": "classification", "instruct": "causal-lm", "choices": "lm"}
 
 
 def load_base_of(folder: Path, base: str | None) -> Base:
@@ -35,17 +40,15 @@ def load_base_of(folder: Path, base: str | None) -> Base:
     if not spec:
         raise FormatError(f'"{folder}" names no base model; say which with --base.')
     task = _OURS.get(str(ours.get("task"))) or _TASKS.get(str(config.get("task_type")))
-    labels = ours.get("labels") or _labels(folder, task)
+    labels = (ours.get("labels") or _labels(folder)) if task == "classification" else None
     loaded = load_base(str(spec), task or "causal-lm", labels=labels)
     if ours.get("chat_template"):
         loaded.tokenizer.chat_template = ours["chat_template"]
     return loaded
 
 
-def _labels(folder: Path, task: str | None) -> list[str] | None:
+def _labels(folder: Path) -> list[str] | None:
     """Returns made-up names for the classes of a directory that keeps only their tensors."""
-    if task != "classification":
-        return None
     from graftune.formats.inspecting import inspect
 
     heads = [entry for entry in inspect(folder).tensors if "lora_" not in entry.name]

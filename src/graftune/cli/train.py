@@ -46,7 +46,7 @@ def train(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="classification (default) or instruct.", rich_help_panel=_DATA),
+        typer.Option(help="classification (default), instruct or choices.", rich_help_panel=_DATA),
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Column of the text.", rich_help_panel=_DATA)

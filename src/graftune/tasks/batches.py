@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,19 @@ def collator(ready: Ready, side: str = "right") -> PadToLongest:
 
 
 def batches_of_like_length(
-    rows: Sequence[Mapping[str, Any]], ready: Ready, batch_size: int, *, side: str = "right"
+    rows: Sequence[Mapping[str, Any]],
+    ready: Ready,
+    batch_size: int,
+    *,
+    side: str = "right",
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yields the indices and the padded tensors of batches, the longest examples first.
 
     The batches depend on the lengths and the batch size alone, so the same rows give the same
     answers bit for bit in every process.
     """
-    collate = collator(ready, side)
+    collate = collate or collator(ready, side)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     device = ready.model.device
     for start in range(0, len(order), batch_size):

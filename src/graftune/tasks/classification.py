@@ -18,7 +18,7 @@ from graftune.tasks.columns import find_column
 from graftune.tasks.data import Example, normalised
 from graftune.tasks.settings import Columns
 from graftune.tasks.tables import Row, Table
-from graftune.tasks.task import Encoded, Ready, cut_note, register_task
+from graftune.tasks.task import Encoded, Ready, Task, cut_note, register_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ LABELS = ("label", "labels", "intent", "category", "class", "target", "sentiment
 
 
 @register_task
-class Classification:
+class Classification(Task):
     """One of a fixed set of labels for a text or a pair of texts."""
 
     name: ClassVar[str] = "classification"
@@ -57,7 +57,7 @@ class Classification:
         """Returns the columns of text, text_pair (for pairs) and label."""
         text, pair = named.text, named.text_pair
         if text is None and pair is None:
-            text, pair = _usual_pair(table)
+            text, pair = usual_pair(table)
         text = find_column(table, "text", text, TEXTS)
         pair = find_column(table, "text_pair", pair, (), required=False)
         label = find_column(table, "label", named.label, LABELS)
@@ -77,12 +77,12 @@ class Classification:
         if isinstance(row, str):
             row = {"text": row}
         table = Table([dict(row)], where)
-        text, pair = _usual_pair(table)
+        text, pair = usual_pair(table)
         columns = {"text": find_column(table, "text", text, TEXTS) or "text"}
         if pair is not None:
             columns["text_pair"] = pair
-        fields = _texts(row, columns, where)
-        return Example(fields, _key(fields), "", where)
+        fields = texts_of(row, columns, where)
+        return Example(fields, text_key(fields), "", where)
 
     def labels(self, splits: Mapping[str, Sequence[Example]]) -> list[str]:
         """Returns the labels of the training data, numbers by size, names by alphabet.
@@ -90,20 +90,7 @@ class Classification:
         Raises:
             DataError: There is only one; or another split has a label that training never sees.
         """
-        found = {example.stratum for example in splits["train"]}
-        if len(found) < 2:
-            raise DataError(
-                f'All {len(splits["train"])} training rows have the label "{found.pop()}": '
-                "there must be two labels or more."
-            )
-        for split in ("validation", "test"):
-            for example in splits.get(split, ()):
-                if example.stratum not in found:
-                    raise DataError(
-                        f'{example.where}: the {split} label "{example.stratum}" never occurs in '
-                        f"the training data.{nearest(example.stratum, found)}"
-                    )
-        return sorted(found, key=_order)
+        return class_names(splits)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Changes nothing: any tokenizer will do."""
@@ -150,7 +137,26 @@ class Classification:
         return answers
 
 
-def _usual_pair(table: Table) -> tuple[str | None, str | None]:
+def class_names(splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Returns the labels of the training data, as `Task.labels` does."""
+    found = {example.stratum for example in splits["train"]}
+    if len(found) < 2:
+        raise DataError(
+            f'All {len(splits["train"])} training rows have the label "{found.pop()}": '
+            "there must be two labels or more."
+        )
+    for split in ("validation", "test"):
+        for example in splits.get(split, ()):
+            if example.stratum not in found:
+                raise DataError(
+                    f'{example.where}: the {split} label "{example.stratum}" never occurs in '
+                    f"the training data.{nearest(example.stratum, found)}"
+                )
+    return sorted(found, key=_order)
+
+
+def usual_pair(table: Table) -> tuple[str | None, str | None]:
+    """Returns the columns of a pair of texts where they have usual names, else None twice."""
     lower = {column.lower(): column for column in table.columns}
     for text, pair in PAIRS:
         if text in lower and pair in lower:
@@ -159,15 +165,16 @@ def _usual_pair(table: Table) -> tuple[str | None, str | None]:
 
 
 def _labelled(row: Row, columns: Mapping[str, str], where: str) -> Example:
-    fields = _texts(row, columns, where)
+    fields = texts_of(row, columns, where)
     value = row.get(columns["label"])
-    label = _label(value)
+    label = label_of(value)
     if not label:
         raise DataError(f'{where}: the label ("{columns["label"]}") is missing, found {value!r}.')
-    return Example({**fields, "label": label}, _key(fields), label, where)
+    return Example({**fields, "label": label}, text_key(fields), label, where)
 
 
-def _texts(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, str]:
+def texts_of(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, str]:
+    """Returns a row's text, and the second of a pair. Raises DataError where one is missing."""
     texts: dict[str, str] = {}
     for role in ("text", "text_pair"):
         if role not in columns:
@@ -181,14 +188,15 @@ def _texts(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> di
     return texts
 
 
-def _label(value: Any) -> str:
+def label_of(value: Any) -> str:
     """Returns a label as text; 1, 1.0 and " 1 " are the same label."""
     if isinstance(value, float):
         value = int(value) if value.is_integer() else "" if value != value else value
     return "" if value is None else str(value).strip()
 
 
-def _key(fields: Mapping[str, str]) -> str:
+def text_key(fields: Mapping[str, str]) -> str:
+    """Returns what makes two examples the same."""
     return "\x1f".join(normalised(fields[role]) for role in ("text", "text_pair") if role in fields)
 
 

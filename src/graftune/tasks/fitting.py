@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from graftune.tasks.batches import collator
 from graftune.tasks.progress import Progress, history
 from graftune.tasks.result import Watcher
 from graftune.tasks.settings import RunSettings
@@ -67,7 +66,8 @@ def fit(
     trainer = Trainer(
         model=ready.model,
         args=training_args(str(folder), **_arguments(settings, len(train), bool(validation))),
-        data_collator=collator(ready),
+        data_collator=task.collate(ready),
+        forward=task.forward if task.has_own_forward else None,
         train_dataset=train,
         eval_dataset=validation or None,
         compute_metrics=_scores(task),

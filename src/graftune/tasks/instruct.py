@@ -29,7 +29,7 @@ from graftune.tasks.conversations import ANSWERS, INPUTS, INSTRUCTIONS, MESSAGES
 from graftune.tasks.data import Example, normalised
 from graftune.tasks.settings import Columns
 from graftune.tasks.tables import Table
-from graftune.tasks.task import Encoded, Ready, register_task
+from graftune.tasks.task import Encoded, Ready, Task, register_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ MODEL_LIMIT_KEY = "max_position_embeddings"
 
 
 @register_task
-class Instruct:
+class Instruct(Task):
     """Answers to instructions, in the model's own chat template."""
 
     name: ClassVar[str] = "instruct"

@@ -40,7 +40,7 @@ class Predictor:
         directory = Path(directory)
         told = read_task(directory)
         adapter = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
-        task = find_task(told["task"])
+        task = find_task(told["task"], told.get("task_options"))
         ready = _ready(told, task)
         if not base_only:
             from graftune.formats import load
@@ -73,9 +73,8 @@ class Predictor:
 
 
 def _ready(told: Mapping[str, Any], task: Task) -> Ready:
-    base = load_base(
-        told["base"], task.model_task, labels=told["labels"] or None, dtype=told["precision"]
-    )
+    labels = told["labels"] if task.new_head else None
+    base = load_base(told["base"], task.model_task, labels=labels, dtype=told["precision"])
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]
     return Ready(base.model, base.tokenizer, told["labels"], told["max_length"])
@@ -138,10 +137,12 @@ def measure_logits(
     training = ready.model.training
     ready.model.eval()
     parts: list[Any] = []
-    for _, batch in batches_of_like_length(features, ready, batch_size):
+    collate = task.collate(ready)
+    for _, batch in batches_of_like_length(features, ready, batch_size, collate=collate):
+        labels = batch["labels"]
         with torch.inference_mode():
-            logits = ready.model(**batch).logits
-            parts.append(task.summarise(logits, batch["labels"]).cpu().numpy())
+            logits = task.forward(ready.model, batch)["logits"]
+            parts.append(task.summarise(logits, labels).cpu().numpy())
     ready.model.train(training)
     return Measured(task.score(np.concatenate(parts), None), [])
 

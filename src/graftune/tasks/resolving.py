@@ -67,6 +67,7 @@ def resolved(settings: RunSettings, task: Task, method: Method) -> RunSettings:
     return settings.replaced(
         name=settings.run_name,
         out=str(settings.run_dir),
+        task_options=task.options.model_dump(mode="json"),
         train={
             "epochs": epochs,
             "batch_size": train.batch_size or task.batch_size,

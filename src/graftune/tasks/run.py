@@ -130,11 +130,11 @@ def predict(
         run_dir: A run's directory, or the directory of an adapter that a run made.
         rows: Texts, or rows with the columns that the task knows.
         batch_size: Rows computed at once.
-        base_only: Answer with the untrained base instead (instructions only).
+        base_only: Answer with the untrained base instead (a language model, not a classifier).
         max_new_tokens: Longest answer (instructions only).
 
     Returns:
-        Classification: `{"text", "label", "score", "probabilities": {label: p}}`.
+        Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`.
         Instructions: `{"messages", "answer"}`.
 
     Raises:
@@ -142,9 +142,10 @@ def predict(
         DataError: A row can't be asked; or `base_only` for a task whose base can't answer.
     """
     from graftune.tasks.predicting import Predictor
+    from graftune.tasks.task import find_task
     from graftune.tasks.workspace import read_task
 
-    if base_only and read_task(Path(run_dir))["labels"]:
+    if base_only and find_task(read_task(Path(run_dir))["task"]).new_head:
         raise DataError(
             "The base alone can't answer with labels: its head is new. Compare with linear_probe."
         )

@@ -41,11 +41,13 @@ class Columns(_Section):
     """Which column of the data holds what; the usual names are found by themselves."""
 
     text: str | None = None
-    """Classification: the text, or the first of a pair."""
+    """Classification and choices: the text, or the first of a pair."""
     text_pair: str | None = None
-    """Classification of pairs: the second text."""
+    """Classification and choices, of pairs: the second text."""
     label: str | None = None
-    """Classification: the label's name or number."""
+    """Classification: the label's name or number. Choices: the right one, or its number from 0."""
+    choices: str | None = None
+    """Choices: the answers to choose from, a list; without it, all labels of the training data."""
     instruction: str | None = None
     """Instructions: what is asked."""
     input: str | None = None
@@ -69,7 +71,7 @@ class DataSettings(_Section):
     """Columns by name, where they don't have the usual ones."""
     max_length: Annotated[int, Field(ge=4)] | None = None
     """Longest text in tokens; longer ones are cut, and counted. Default: the model's limit, at
-    most 512 for classification and 1024 for instructions."""
+    most 512 for classification and choices, and 1024 for instructions."""
     validation_fraction: Fraction = 0.1
     """Share of the training data held out for validation when no file is given; 0 for none."""
     test_fraction: Fraction = 0.2
@@ -82,11 +84,11 @@ class TrainSettings(_Section):
     """How it is trained. What is None takes the task's or the method's default."""
 
     epochs: Positive | None = None
-    """Passes over the training data. Default: 10 for classification, 3 for instructions."""
+    """Passes over the training data. Default: 10; 3 for instructions."""
     steps: Count | None = None
     """Optimiser steps, instead of `epochs`."""
     batch_size: Count | None = None
-    """Examples per step. Default: 16 for classification, 8 for instructions."""
+    """Examples per step. Default: 16 for classification, else 8."""
     accumulation: Count = 1
     """Batches whose gradients are summed to one step."""
     lr: Positive | None = None
@@ -113,7 +115,7 @@ class TrainSettings(_Section):
     select: Literal["best", "last"] = "best"
     """Which weights the run ends with: the best on the validation data, or the last."""
     metric: str | None = None
-    """What "best" means. Default: accuracy for classification, loss for instructions."""
+    """What "best" means. Default: accuracy; loss for instructions."""
     early_stop: Count | None = None
     """Evaluations in a row without a better metric after which the run ends."""
     head_start: bool = True
@@ -132,6 +134,27 @@ class TrainSettings(_Section):
         return self
 
 
+class TaskOptions(_Section):
+    """A task's own settings, below `task_options`. A task that has some makes a subclass."""
+
+    @classmethod
+    def of(cls, task: str, values: Mapping[str, Any]) -> Self:
+        """Returns the settings of a task's name.
+
+        Raises:
+            SettingsError: A key is unknown, or a value can't be.
+        """
+        if values and not cls.model_fields:
+            raise SettingsError(
+                f"task_options: the task {task} has none, found {', '.join(values)}."
+            )
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            where = "task_options"
+            raise SettingsError(settings_message(error, cls, lambda _: where)) from None
+
+
 class RunSettings(_Section):
     """Everything that a training run is told.
 
@@ -148,7 +171,9 @@ class RunSettings(_Section):
     base: str
     """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
     task: str = "classification"
-    """`classification` (of texts or pairs) or `instruct`."""
+    """`classification` (of texts or pairs), `instruct`, or `choices` (among answers)."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """The task's own settings."""
     data: DataSettings
     """Where the data lies."""
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "LoRA"})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from graftune.errors import SettingsError, nearest
 from graftune.tasks.data import Example
-from graftune.tasks.settings import Columns
+from graftune.tasks.settings import Columns, TaskOptions
 from graftune.tasks.tables import Table
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ class Encoded:
 
 
 class Task(Protocol):
-    """The parts of a training run that differ from task to task."""
+    """The parts of a training run that differ from task to task.
+
+    A task is a subclass; what has a body here need not be written again.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -62,6 +65,23 @@ class Task(Protocol):
     """The names of all metrics."""
     roles: ClassVar[tuple[str, ...]]
     """The `data.columns` settings that it knows."""
+    options_type: ClassVar[type[TaskOptions]] = TaskOptions
+    """Its own settings. A task that has some takes them when it is made."""
+
+    @property
+    def options(self) -> TaskOptions:
+        """Its own settings, every default filled in."""
+        return TaskOptions()
+
+    @property
+    def new_head(self) -> bool:
+        """Whether a head for its labels is added to the base, which alone can't answer then."""
+        return self.model_task == "classification"
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether `forward` is the task's, so that the loss is a mean over a batch's examples."""
+        return type(self).forward is not Task.forward
 
     def columns(self, table: Table, named: Columns) -> dict[str, str]:
         """Returns the column of each role. Raises DataError when one is missing."""
@@ -87,6 +107,20 @@ class Task(Protocol):
         """Returns training examples as token numbers."""
         ...
 
+    def collate(self, ready: Ready) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+        """Returns what makes a batch of encoded examples."""
+        from graftune.tasks.batches import collator
+
+        return collator(ready)
+
+    def forward(self, model: Any, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """Returns a batch's `logits`, as `summarise` takes them, and with labels its `loss`."""
+        return model(**batch)
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch as the model's own forward takes it, for methods that look at data."""
+        return batch
+
     def summarise(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the little of a batch's logits that the metrics need, on its device."""
         ...
@@ -102,8 +136,8 @@ class Task(Protocol):
         ...
 
 
-T = TypeVar("T", bound=type)
-_tasks: dict[str, Callable[[], Task]] = {}
+T = TypeVar("T", bound="type[Task]")
+_tasks: dict[str, type[Task]] = {}
 
 
 def register_task(cls: T) -> T:
@@ -112,31 +146,32 @@ def register_task(cls: T) -> T:
     Raises:
         SettingsError: Another task has the name.
     """
-    name = str(getattr(cls, "name"))  # noqa: B009  (a plain `type` has no such attribute)
-    if name in _tasks and _tasks[name] is not cls:
-        raise SettingsError(f'A task named "{name}" is registered already: {_tasks[name]!r}.')
-    _tasks[name] = cls
+    if _tasks.get(cls.name, cls) is not cls:
+        raise SettingsError(f'A task named "{cls.name}" is registered already: {_tasks[cls.name]}.')
+    _tasks[cls.name] = cls
     return cls
 
 
-def tasks() -> dict[str, Callable[[], Task]]:
+def tasks() -> dict[str, type[Task]]:
     """Returns the registered task classes by name."""
-    for module in ("classification", "instruct"):  # they register themselves
+    for module in ("classification", "instruct", "choices"):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)
 
 
-def find_task(name: str) -> Task:
-    """Returns the task of a name.
+def find_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """Returns the task of a name, with its own settings.
 
     Raises:
-        SettingsError: There is none, naming the nearest.
+        SettingsError: There is none, naming the nearest; or the task has no such settings.
     """
     known = tasks()
     if name not in known:
         listed = ", ".join(known)
         raise SettingsError(f'No task is named "{name}"; there are {listed}.{nearest(name, known)}')
-    return known[name]()
+    made: Any = known[name]
+    chosen = made.options_type.of(name, options or {})
+    return made(chosen) if made.options_type is not TaskOptions else made()
 
 
 def cut_note(lengths: Sequence[int], max_length: int, what: str = "") -> list[str]:

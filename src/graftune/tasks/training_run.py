@@ -53,7 +53,7 @@ class TrainingRun:
             DataError: The data can't be trained on.
         """
         began = time.monotonic()
-        task = find_task(settings.task)
+        task = find_task(settings.task, settings.task_options)
         method = method_of(settings.method)
         settings = resolved(settings, task, method)
         data = load(settings.data, task)
@@ -118,7 +118,7 @@ class TrainingRun:
         ready, fresh = self._ready()
         base_bytes = sum(p.numel() * p.element_size() for p in ready.model.parameters())
         encoded = self._encoded(ready)
-        if self.labels and self.settings.train.head_start:
+        if self.task.new_head and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
         adapter = attach(
             ready.model,
@@ -140,7 +140,7 @@ class TrainingRun:
         base = load_base(
             self.settings.base,
             self.task.model_task,
-            labels=self.labels or None,
+            labels=self.labels if self.task.new_head else None,
             dtype=precision(self.settings),
             seed=self.settings.train.seed,
             note=self._note,
@@ -152,12 +152,10 @@ class TrainingRun:
 
     def _batches(self, ready: Ready, encoded: Encoded) -> Iterator[dict[str, Any]]:
         """Yields the training rows in batches as training sees them, but not shuffled."""
-        from graftune.tasks.batches import collator
-
-        collate, rows = collator(ready), encoded.features
+        collate, rows = self.task.collate(ready), encoded.features
         size = self.settings.train.batch_size or 1
         for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size])
+            batch = self.task.inputs(collate(rows[start : start + size]))
             yield {key: tensor.to(ready.model.device) for key, tensor in batch.items()}
 
     def _start_head(
@@ -224,11 +222,12 @@ class TrainingRun:
         """Writes the adapter and, beside it and in the run's directory, what prediction needs."""
         told = {
             "task": self.task.name,
+            "task_options": self.settings.task_options,
             "base": self.settings.base,
             "labels": self.labels,
             "max_length": ready.max_length,
             "columns": self.data.report.columns,
-            "chat_template": None if self.labels else ready.tokenizer.chat_template,
+            "chat_template": None if self.task.new_head else ready.tokenizer.chat_template,
             "precision": precision(self.settings),
         }
         adapter.save(run_dir / workspace.ADAPTER)
