@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -46,6 +47,44 @@ def test_many_columns_show_no_numbers_but_tooltips() -> None:
     assert drawn.count('<rect class="cell"') == 1800
     assert 'class="in' not in drawn
     assert len(drawn) < 300_000
+
+
+def test_names_of_columns_do_not_overlap() -> None:
+    for count in (6, 12, 24, 60):
+        columns = [f"decoder {at}" for at in range(count)]
+        drawn = str(heat_map(made(1, count) | {"columns": columns}))
+        found = [float(x) for x in re.findall(r'<text class="tick mid" x="([\d.]+)"', drawn)]
+        assert all(b - a >= 8 * len("decoder 59") for a, b in itertools.pairwise(found))
+
+
+def test_many_columns_take_the_whole_width() -> None:
+    assert 'class="heat" viewBox="0 0 480 ' in str(heat_map(made(2, 12)))
+    drawn = str(heat_map(made(2, 48)))
+    assert 'class="heat long" viewBox="0 0 1000 ' in drawn
+    assert drawn.count('class="in mid"') == 96
+
+
+def test_numbers_are_readable_on_every_shade_in_both_themes() -> None:
+    page = render_report(result(heat_maps=[made(2, 2)]))
+    themes = re.findall(
+        r"--card: (#\w+); --ink: (#\w+).*?--c0: (#\w+).*?--darkest: (\d+)%", page, re.DOTALL
+    )
+    assert len(themes) == 3
+    for card, ink, colour, darkest in themes:
+        share = (4 + int(darkest)) / 100
+        shade = [share * a + (1 - share) * b for a, b in zip(rgb(colour), rgb(card), strict=True)]
+        light, dark = sorted((luminance(shade), luminance(rgb(ink))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's AA
+
+
+def rgb(colour: str) -> list[float]:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    return [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+
+
+def luminance(colour: list[float]) -> float:
+    line = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour]
+    return 0.2126 * line[0] + 0.7152 * line[1] + 0.0722 * line[2]
 
 
 def test_names_are_escaped_and_long_ones_cut() -> None:

@@ -9,9 +9,12 @@ from markupsafe import Markup, escape
 
 from graftune.compare.report.charts import WIDTH
 
-CELL_HEIGHT, NAME_WIDTH, TOP = 20, 150, 22
+CELL_HEIGHT, NAME_WIDTH, TOP = 20, 168, 22
 MOST_LETTERS = 22
 """A row's longer name is cut at its beginning; the tooltip has all of it."""
+MOST_COLUMNS = 18
+"""More take the page's whole width, so that their numbers still have room."""
+LONG_WIDTH = 1000
 NARROWEST_TEXT = 17
 """Narrower cells show no number."""
 
@@ -27,7 +30,9 @@ def heat_map(found: Mapping[str, Any]) -> Markup:
     known = [value for line in values for value in line if value is not None]
     if not known:
         return Markup("")
-    most, width = max(*known, 0.0) or 1.0, (WIDTH - NAME_WIDTH) / len(columns)
+    is_long = len(columns) > MOST_COLUMNS
+    room = LONG_WIDTH if is_long else WIDTH
+    most, width = max(*known, 0.0) or 1.0, (room - NAME_WIDTH) / len(columns)
     parts = [_columns(columns, width)]
     for at, (name, line) in enumerate(zip(rows, values, strict=True)):
         y = TOP + at * CELL_HEIGHT
@@ -37,8 +42,8 @@ def heat_map(found: Mapping[str, Any]) -> Markup:
                 title = f"{name}, {columns[column]}: {shown(value)}"
                 parts.append(_cell(column, y, width, value, max(value, 0.0) / most, title))
     height = TOP + len(rows) * CELL_HEIGHT + 4
-    opening = Markup('<svg class="heat" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-        WIDTH, height, escape(str(found["title"]))
+    opening = Markup('<svg class="heat{}" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+        " long" if is_long else "", room, height, escape(str(found["title"]))
     )
     return opening + Markup("").join(parts) + Markup("</svg>")
 
@@ -62,7 +67,8 @@ def _number(value: Any) -> float | None:
 
 
 def _columns(columns: Sequence[str], width: float) -> Markup:
-    step = 1 + int(len(max(columns, key=len)) * 7 // width)  # so that names don't overlap
+    longest = 8 * len(max(columns, key=len)) + 6
+    step = 1 + int(longest // width)  # so that names don't overlap
     return Markup("").join(
         Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>').format(
             NAME_WIDTH + (at + 0.5) * width, TOP - 7, name
@@ -88,6 +94,6 @@ def _cell(column: int, y: float, width: float, value: float, share: float, title
     text = shown(value)
     if width < max(NARROWEST_TEXT, 8 * len(text)):
         return cell
-    return cell + Markup('<text class="in mid{}" x="{:.1f}" y="{}">{}</text>').format(
-        " dark" if share > 0.55 else "", x + width / 2, y + 14, text
+    return cell + Markup('<text class="in mid" x="{:.1f}" y="{}">{}</text>').format(
+        x + width / 2, y + 14, text
     )
