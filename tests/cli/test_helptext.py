@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["demo", "train", "evaluate", "predict", "inspect", "merge", "methods"]
+COMMANDS = ["demo", "train", "evaluate", "predict", "inspect", "merge", "methods", "intrinsic"]
 HEAVY = ["torch", "transformers", "datasets", "pydantic", "jinja2", "numpy", "rich", "yaml"]
 LIST_MODULES = """
 import sys

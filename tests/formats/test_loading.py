@@ -161,8 +161,8 @@ def test_an_unknown_method_is_told(ours: Path) -> None:
 
 
 def test_a_method_of_peft_that_is_not_read_is_told(theirs: Path) -> None:
-    change_json(theirs, "adapter_config.json", peft_type="VERA")
-    refused(theirs, "of type VERA, written by HF PEFT")
+    change_json(theirs, "adapter_config.json", peft_type="OFT")
+    refused(theirs, "of type OFT, written by HF PEFT")
 
 
 @pytest.fixture
