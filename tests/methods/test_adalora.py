@@ -391,6 +391,9 @@ def test_a_finished_adapter_is_settings_and_tensors_alone(tmp_path: Path) -> Non
     ranks = loaded.method.rank_pattern  # type: ignore[attr-defined]
     assert ranks == adapter.method.rank_pattern  # type: ignore[attr-defined]
     assert 0 in ranks.values()
+    assert {site.place for site in gt.summary(again).sites if site.changed == 0} == {
+        name for name, rank in ranks.items() if rank == 0
+    }
     inputs = FAMILIES["bert"].inputs()
     assert torch.equal(logits(again, inputs), logits(model, inputs))
     gt.merge(again, "task")

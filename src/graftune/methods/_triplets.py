@@ -59,6 +59,10 @@ class Triplets(Delta):
         if prunes:
             self.is_kept = torch.ones_like(Lambda, dtype=torch.bool)
 
+    def changes(self, size: int) -> int:
+        """See `Delta.changes`: nothing where no triplet is left."""
+        return size if self.rank else 0
+
     def weight_change(self) -> Tensor:
         """Returns s * P Lambda Q, `(..., out, in * taps)`."""
         return self.scale * self.P @ (self.Lambda[..., None] * self.Q)
