@@ -21,6 +21,7 @@ from graftune.formats import peft_settings as rules
 from graftune.formats.base import base_name, embeddings
 from graftune.formats.factors import Factors, Slice
 from graftune.formats.peft_common import is_below
+from graftune.formats.peft_ranks import used
 from graftune.formats.tensors import listed
 from graftune.methods._lora_starts import start_from_weight
 from graftune.methods._lora_tokens import token_grafts
@@ -86,8 +87,8 @@ def method_of(config: Mapping[str, Any], heads: Sequence[str], modules: Sequence
         init=init if init in ("gaussian", *rules.REDONE_INITS) else "zero-B",
         bias=config["bias"],
         lora_bias=config["lora_bias"],
-        rank_pattern=_used(config["rank_pattern"], modules),
-        alpha_pattern=_used(config["alpha_pattern"], modules),
+        rank_pattern=used(config["rank_pattern"], modules),
+        alpha_pattern=used(config["alpha_pattern"], modules),
         trainable_tokens=tuple(tokens) if isinstance(tokens, list) else tokens,
         train_head=tuple(heads) or False,
     )
@@ -348,16 +349,6 @@ def fill(grafts: Sequence[Graft], reading: Reading) -> None:
             names = (place.key, f"{place.module}.base_layer.{place.parameter}")
             value = next(reading.tensors[name] for name in names if name in reading.tensors)
             graft.delta.value.data.copy_(value)
-
-
-def _used(patterns: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any] | None:
-    """Returns the patterns that name a module: PEFT lets the others be."""
-    used = {
-        pattern: value
-        for pattern, value in patterns.items()
-        if any(rules.pattern_value({pattern: True}, name, False) for name in modules)
-    }
-    return used or None
 
 
 def _with_start(host: nn.Module, factors: Factors, init: str) -> Factors:
