@@ -82,7 +82,7 @@ def intrinsic(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Search the intrinsic dimension: the fewest numbers that nearly fine-tune the model.
+    """Search the fewest numbers that nearly fine-tune the model.
 
     Full fine-tuning is trained once and SAID with each d, all with the same budget; d90 is the
     smallest d that reaches 90 % of full fine-tuning's metric on held-out rows. Every run is kept,
