@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from tests.families import FAMILIES
 from tests.project.pages import ROOT, blocks
 
 PAGE = ROOT / "CONTRIBUTING.md"
-NAME = "gain_from_contributing"
+NAME = "gain_in_a_file"
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,45 @@ def test_it_is_saved_and_loaded_like_any_other(gain: type, tmp_path: Path) -> No
         fresh = family.build()
         gt.load(fresh, adapter.save(tmp_path / "gain"))
         assert torch.equal(fresh(**inputs).logits, expected)
+
+
+PACKAGE = """
+import graftune as gt
+
+class Elsewhere(gt.BitFit):
+    name = "Elsewhere"
+    summary = "Another package's."
+"""
+
+USES_IT = """
+import graftune as gt
+from graftune.methods.base import Method
+from tests.families import FAMILIES
+
+assert "Elsewhere" in gt.methods(), list(gt.methods())
+model = FAMILIES["bert"].build()
+adapter = gt.attach(model, Method.from_dict({"method": "elsewhere"}))
+fresh = FAMILIES["bert"].build()
+loaded = gt.load(fresh, adapter.save("adapter"))
+assert type(loaded.method).__module__ == "some_package", type(loaded.method)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import some_package\n"], ids=["graftune", "package"])
+def test_another_package_gives_a_method_by_an_entry_point(tmp_path: Path, first: str) -> None:
+    """As installed by pip: a module and a .dist-info folder on the path."""
+    (tmp_path / "some_package.py").write_text(PACKAGE, encoding="utf-8")
+    info = tmp_path / "some_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[graftune.methods]\nelse = some_package:Elsewhere\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", first + USES_IT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
