@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import graftune as gt
 from graftune.methods.base import Method
+from tests import worked_example
 from tests.families import FAMILIES, Family
 
 METHODS: dict[str, Method] = {
@@ -29,6 +30,7 @@ METHODS: dict[str, Method] = {
     "norms": gt.LayerNormTuning(),
     "diffpruning": gt.DiffPruning(keep=0.05),
     "fishmask": gt.FishMask(keep=0.05),
+    "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import graftune as gt
 from graftune.errors import AdapterError
+from tests import worked_example
 from tests.contract.subjects import (
     BASE_DEPENDS_ON_PADDING,
     CASES,
@@ -32,6 +34,13 @@ from tests.contract.subjects import (
 
 every_case = pytest.mark.parametrize(("method", "family"), CASES)
 some_cases = pytest.mark.parametrize(("method", "family"), [(m, f) for m, f in CASES if f in KINDS])
+
+
+@pytest.fixture(autouse=True)
+def known() -> Iterator[None]:
+    """The worked example's method is known by its name, in these tests alone."""
+    with worked_example.registered():
+        yield
 
 
 @pytest.fixture
