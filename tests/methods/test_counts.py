@@ -122,6 +122,14 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("LLaMA-7B", gt.LayerNormTuning(), 266_240),
     ("ViT-B/16", gt.LayerNormTuning(), 38_400),
     *((name, gt.FullFineTuning(), total) for name, total in TOTALS.items()),
+    ("BERT-base", gt.FishMask(), 547_411),
+    ("BERT-large", gt.FishMask(), 1_675_709),
+    ("LLaMA-7B", gt.FishMask(), 33_692_078),
+    ("T5-base", gt.FishMask(), 1_114_517),
+    ("ViT-B/16", gt.FishMask(), 431_946),
+    ("BERT-base", gt.DiffPruning(structured=False), 2 * TOTALS["BERT-base"]),
+    ("BERT-large", gt.DiffPruning(), 2 * 335_141_888 + 391),
+    ("LLaMA-7B", gt.DiffPruning(), 2 * TOTALS["LLaMA-7B"] + 291),
     ("BERT-base", gt.FullFineTuning(keep_base=True), TOTALS["BERT-base"]),
 ]
 
@@ -147,7 +155,8 @@ def test_formula_and_tensors_are_the_papers_number(
         summary = gt.summary(model)
         assert summary.trainable == expected
         assert summary.base == TOTALS.get(name, summary.base)
-        assert summary.bytes == 4 * expected
+        kept = [t for _, t in adapter.named_tensors() if not isinstance(t, nn.Parameter)]
+        assert summary.bytes == 4 * expected + sum(tensor.nbytes for tensor in kept)
     finally:
         take_off(model, name)
 
