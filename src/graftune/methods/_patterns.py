@@ -5,6 +5,7 @@ The first pattern that matches counts, as in HF PEFT's `rank_pattern` and `alpha
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,12 @@ from graftune.errors import SettingsError
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern ends a module's name, at one of its dots."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return _ending(pattern).match(name) is not None
+
+
+@functools.cache  # re's own holds 512, fewer than a large model's patterns when ranks moved
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def value_for(patterns: Mapping[str, Any] | None, name: str) -> Any:
