@@ -23,6 +23,18 @@ def test_the_transform_is_hadamards_matrix(n: int) -> None:
         torch.testing.assert_close(hadamard(x), plain_hadamard(n) @ x)
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "keep"), [(5, 8, 8), (100, 128, 70), (1, 512, 512), (512, 512, 1)]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_zeros_behind_and_entries_not_kept_are_left_out(
+    k: int, n: int, keep: int, turned: bool
+) -> None:
+    k, keep = (keep, k) if turned else (k, keep)
+    x = torch.randn(k, dtype=torch.float64)
+    torch.testing.assert_close(hadamard(x, n, keep), plain_hadamard(n)[:keep, :k] @ x)
+
+
 def plain_matrix(made: Fastfood) -> Tensor:
     """HGPHB as dense matrices, from the numbers that were drawn."""
     n, low = made.gauss.numel(), made.signs.numel()

@@ -4,8 +4,8 @@
     H (N, N) Walsh-Hadamard, B random signs, P a random permutation, G Gaussian, x padded to N
 
 E ||M x||^2 = ||x||^2. As x is zero after its first d entries, H B x is the transform of
-2^ceil(log2 d) entries repeated, so only the second transform has N. H is symmetric, so that the
-backward pass is
+2^ceil(log2 d) entries repeated, so only the second transform has N, and of that only D entries are
+computed. H is symmetric, so that the backward pass is
 
     M^T g = B H P^T G H g / sqrt(D * sum G^2), cut to d
 """
@@ -17,25 +17,49 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BITS = 5
 """Log2 of the largest Hadamard matrix that is multiplied with."""
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """Returns H x, `(n,)`, for n a power of two; un-normalised, so that H H x = n x.
+def hadamard(x: Tensor, size: int | None = None, keep: int | None = None) -> Tensor:
+    """Returns the first `keep` entries of H x; un-normalised, so that H H x = n x.
 
-    H is a Kronecker product of small ones: each takes the highest bits of the index that are left
-    and moves them to the end, so that after all of them the order is the old one.
+    H (n, n) is the Kronecker product of a small matrix for the highest bits of the index and one
+    for the rest: what is zero in x or not kept costs nothing in the first of them.
+
+    Args:
+        x: `(k,)`, k <= n; zeros follow it.
+        size: n, a power of two; x's own size unless given.
+        keep: n unless given.
     """
-    bits = x.numel().bit_length() - 1
-    while bits:
-        step = min(_BITS, bits)
+    size = size or x.numel()
+    keep = keep or size
+    bits = size.bit_length() - 1
+    lead = min(_BITS, bits)
+    inner = size >> lead
+    rows, kept = math.ceil(x.numel() / inner), math.ceil(keep / inner)
+    matrix = _matrix(lead)[:kept, :rows].to(device=x.device, dtype=x.dtype)
+    x = F.pad(x, (0, rows * inner - x.numel())).view(rows, inner)
+    if kept < rows:
+        return _in_rows(matrix @ x, bits - lead).reshape(-1)[:keep]
+    return (matrix @ _in_rows(x, bits - lead)).reshape(-1)[:keep]
+
+
+def _in_rows(x: Tensor, bits: int) -> Tensor:
+    """Returns each row's transform, `(rows, 2^bits)`, by matrices of about equal sizes."""
+    shape, stride, passes = x.shape, 1, math.ceil(bits / _BITS)
+    for left in range(passes, 0, -1):
+        step = math.ceil(bits / left)
         matrix = _matrix(step).to(device=x.device, dtype=x.dtype)
-        x = torch.mm(x.reshape(1 << step, -1).t(), matrix).reshape(-1)
-        bits -= step
-    return x
+        if stride == 1:
+            x = x.reshape(-1, 1 << step) @ matrix
+        else:
+            x = torch.matmul(matrix, x.reshape(-1, 1 << step, stride))
+        stride, bits = stride << step, bits - step
+    return x.reshape(shape)
 
 
 @cache
@@ -92,24 +116,22 @@ class Fastfood(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Returns M x without a graph, in float32 or wider whatever autocast says."""
         with torch.autocast(x.device.type, enabled=False):
-            low = hadamard(_padded(x * self.scale, self.signs.numel()) * self.signs)
-            high = hadamard(low.index_select(0, self.source).mul_(self.gauss))
-            return high[: self.size]
+            low = _wide(x) * self.signs[: self.d] * self.scale
+            low = hadamard(low, self.signs.numel())
+            high = low.index_select(0, self.source).mul_(self.gauss)
+            return hadamard(high, keep=self.size)
 
     def fold(self, g: Tensor) -> Tensor:
         """Returns M^T g, `(d,)`, for g `(size,)`; as `project` does."""
         with torch.autocast(g.device.type, enabled=False):
-            high = hadamard(_padded(g, self.bits.numel())).mul_(self.gauss)
+            high = hadamard(_wide(g), self.bits.numel()).mul_(self.gauss)
             low = high.new_zeros(self.signs.numel()).index_add_(0, self.source, high)
-            return (hadamard(low) * self.signs)[: self.d] * self.scale
+            return hadamard(low, keep=self.d) * self.signs[: self.d] * self.scale
 
 
-def _padded(x: Tensor, size: int) -> Tensor:
-    """Returns x with zeros behind it, `(size,)`, in float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    padded = x.new_zeros(size, dtype=wide)
-    padded[: x.numel()] = x
-    return padded
+def _wide(x: Tensor) -> Tensor:
+    """Returns x in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Apply(torch.autograd.Function):
