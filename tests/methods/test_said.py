@@ -179,3 +179,30 @@ def test_no_activation_of_a_tensors_size_is_kept_for_the_backward_pass() -> None
         graft.delta(base, base).sum().backward()
     assert max(kept) < base.numel()
     assert graft.delta.common.intrinsic.grad is not None
+
+
+def test_a_new_head_can_be_moved_too_and_its_start_is_kept(tmp_path: Path) -> None:
+    model = BERT.build()
+    adapter = moved(model, project_head=True)
+    assert (
+        adapter.count() == 100 == gt.SAID(d=100, project_head=True).count(model, gt.anatomy(model))
+    )
+    assert {g.place.key for g in adapter.grafts if g.delta.start is not None} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    adapter.save(tmp_path / "a")
+    stored = safetensors.torch.load_file(tmp_path / "a" / "adapter_model.safetensors")
+    head = sum(p.numel() for p in model.classifier.parameters() if p.requires_grad is False)
+    assert sum(t.numel() for t in stored.values()) == 100 + head
+    fresh = BERT.build()
+    with torch.no_grad():
+        for tensor in fresh.classifier.parameters():
+            tensor.add_(1.0)  # another random head
+    gt.load(fresh, tmp_path / "a")
+    assert torch.equal(logits(fresh, BERT.inputs()), logits(model, BERT.inputs()))
+
+
+def test_a_new_head_among_the_targets_keeps_its_start() -> None:
+    adapter = gt.attach(BERT.build(), gt.SAID(d=50, targets="classifier"), name="task")
+    assert [g.delta.start is not None for g in adapter.grafts] == [True, True]

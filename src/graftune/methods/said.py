@@ -24,6 +24,7 @@ from graftune.kernels.fastfood import Fastfood
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
 from graftune.sites.base import Graft, ParameterDelta, ParameterPlace
+from graftune.sites.parameter import base_parameters
 
 Targets = str | tuple[str, ...]
 Layers = int | str | tuple[int, ...] | None
@@ -40,15 +41,24 @@ class Intrinsic(nn.Module):
 class Projected(ParameterDelta):
     """theta + lambda * M z. Shapes: common.intrinsic (d - m,), lam () or absent.
 
-    `projection` is drawn anew from the seed wherever the adapter is made; no file holds it.
+    `projection` is drawn anew from the seed wherever the adapter is made; no file holds it. Of a
+    new head, whose values are in no other file either, it keeps theta0 as `start`.
     """
 
     lam: nn.Parameter | None
+    start: Tensor | None
 
-    def __init__(self, common: Intrinsic, lam: Tensor | None, projection: Fastfood | None) -> None:
+    def __init__(
+        self,
+        common: Intrinsic,
+        lam: Tensor | None,
+        projection: Fastfood | None,
+        start: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.common = common
         self.register_parameter("lam", None if lam is None else nn.Parameter(lam))
+        self.register_buffer("start", start)
         self.projection = projection
 
     def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
@@ -57,7 +67,8 @@ class Projected(ParameterDelta):
         assert self.projection is not None
         z = self.common.intrinsic if self.lam is None else self.lam * self.common.intrinsic
         change = self.projection(z.to(value.device)).reshape(value.shape)
-        return (value + change).to(value.dtype)
+        start = value if self.start is None else self.start
+        return (start + change).to(value.dtype)
 
 
 @register
@@ -88,6 +99,9 @@ class SAID(Method):
     """Blocks whose tensors are moved; None for all, and those outside blocks."""
     exclude: Targets = ()
     """Tensors left out, written like the targets."""
+    project_head: bool = False
+    """Move a new head by the d numbers too, instead of training it beside them; its start is then
+    kept in the file."""
     seed: int = 0
     """What the projections are drawn from."""
 
@@ -108,8 +122,8 @@ class SAID(Method):
         first = next(iter(tensors.values()))
         common = Intrinsic(torch.zeros(width, device=first.device))
         return [
-            self._graft(model, name, tensor, common, self.seed + at)
-            for at, (name, tensor) in enumerate(tensors.items())
+            self._graft(model, name, common, self.seed + at, is_new=_is_in(name, anatomy.new_heads))
+            for at, name in enumerate(tensors)
         ]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
@@ -119,6 +133,9 @@ class SAID(Method):
 
     def _tensors(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
         names = resolve_tensors(model, anatomy, self.targets, self.layers, self.exclude)
+        if self.project_head:
+            new = [n for n in base_parameters(model) if _is_in(n, anatomy.new_heads)]
+            names = tuple(dict.fromkeys((*names, *new)))
         return {name: model.get_parameter(name) for name in names}
 
     def _width(self, tensors: dict[str, nn.Parameter]) -> int:
@@ -138,13 +155,19 @@ class SAID(Method):
         return self.d - scales
 
     def _graft(
-        self, model: nn.Module, name: str, tensor: Tensor, common: Intrinsic, seed: int
+        self, model: nn.Module, name: str, common: Intrinsic, seed: int, *, is_new: bool
     ) -> Graft:
         module, _, parameter = name.rpartition(".")
+        tensor = model.get_parameter(name)
         options = hosts.delta_options(model.get_submodule(module), parameter)
         lam = torch.ones((), **options) if self.structure_aware else None
+        start = tensor.detach().to(**options, copy=True) if is_new else None
         projection = None
         if not tensor.is_meta:
             width = common.intrinsic.numel()
             projection = Fastfood(width, tensor.numel(), seed, tensor.device)
-        return Graft(ParameterPlace(module, parameter), Projected(common, lam, projection))
+        return Graft(ParameterPlace(module, parameter), Projected(common, lam, projection, start))
+
+
+def _is_in(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
