@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from graftune.methods._sparse import added
 from graftune.sites.base import ParameterDelta
 
 EDGE = 1e-4
@@ -39,23 +40,23 @@ class Gates:
     def opened(self, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns z, from 0 to 1; `noise` is logistic, and overwritten."""
         s = torch.sigmoid(alpha) if noise is None else self._noisy(alpha, noise)
-        return s.mul_(self.upper - self.lower).add_(self.lower).clamp_(0.0, 1.0)
+        low = s.new_tensor(self.lower)
+        return torch.add(low, s, alpha=self.upper - self.lower, out=s).clamp_(0.0, 1.0)
 
     def _noisy(self, alpha: Tensor, noise: Tensor) -> Tensor:
         s = noise.add_(alpha)
         return (s if self.temperature == 1.0 else s.div_(self.temperature)).sigmoid_()
 
-    def slope(self, z: Tensor, gradient: Tensor, noisy: bool) -> Tensor:
-        """Returns gradient * dz/dalpha: 0 where z is clamped, else s (1 - s) (r - l) / tau."""
+    def slope(self, z: Tensor, noisy: bool) -> Tensor:
+        """Returns dz/dalpha: 0 where z is clamped, else s (1 - s) (r - l) / tau."""
         low, high = self.lower, self.upper
         scale = 1.0 / ((high - low) * (self.temperature if noisy else 1.0))
-        product = (low + high - z).mul_(z).sub_(low * high)  # (z - l) (r - z)
-        product.mul_(gradient).mul_(scale)
-        return _where_inside(product, z)
+        slope = (z * -scale).add_((low + high) * scale).mul_(z).sub_(low * high * scale)
+        return _where_inside(slope, z)  # of (z - l) (r - z) scale
 
     def probability(self, alpha: Tensor) -> Tensor:
         """Returns P(z > 0) of each gate; differentiable."""
-        return torch.sigmoid(alpha - self.offset)
+        return torch.sigmoid(alpha - self.offset if self.offset else alpha)
 
 
 def _where_inside(gradient: Tensor, z: Tensor) -> Tensor:
@@ -89,12 +90,13 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         w, z, group = ctx.saved_tensors
         wide = gradient.to(w.dtype)
-        by_group = (wide * w * z).sum() if ctx.needs_input_grad[3] else None
-        wide = wide if group is None else wide * group
-        by_w = wide * z if ctx.needs_input_grad[1] else None
-        by_alpha = None
-        if ctx.needs_input_grad[2]:
-            by_alpha = ctx.gates.slope(z, wide * w, ctx.noisy)
+        by_alpha = ctx.gates.slope(z, ctx.noisy).mul_(wide).mul_(w)
+        by_w = wide * z
+        by_group = None
+        if group is not None:
+            by_group = torch.dot(by_w.reshape(-1), w.reshape(-1))
+            by_alpha.mul_(group)
+            by_w.mul_(group)
         return gradient, by_w, by_alpha, by_group, None, None
 
 
@@ -121,20 +123,29 @@ class GatedChange(ParameterDelta):
         self.gates = gates
         self.seed = 0
         self.is_noisy = False
+        self.open: tuple[int, Tensor] | None = None
 
     def begin_forward(self) -> None:
-        """See `Delta.begin_forward`: draws the seed of the noise, until the gates are fixed."""
+        """See `Delta.begin_forward`: draws the noise's seed; once fixed, notes the open gates."""
         self.is_noisy = not bool(self.is_fixed)
+        version = self.alpha._version
         if self.is_noisy:
+            self.open = None
             self.seed = int(torch.randint(1 << 62, (), device="cpu"))
+        elif self.open is None or self.open[0] != version:
+            self.open = version, self.kept()
 
     def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
-        """See `ParameterDelta.forward`: with noise in training, the gates' own values else."""
+        """See `ParameterDelta.forward`: with noise in training, the gates' own values else.
+
+        Fixed gates get no gradient, so that an optimizer leaves their alphas alone.
+        """
         assert value is not None
+        if self.training and self.open is not None:
+            at = self.open[1].to(value.device)
+            return added(value, at, self.w.reshape(-1).index_select(0, at))
         noise, alone = self._noise() if self.training and self.is_noisy else (None, None)
-        # Fixed gates have no slope: without a gradient, an optimizer leaves their alphas alone.
-        alpha = self.alpha if noise is not None or not self.training else self.alpha.detach()
-        return _Gated.apply(value, self.w, alpha, self._group(alone), noise, self.gates)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType,reportReturnType]
+        return _Gated.apply(value, self.w, self.alpha, self._group(alone), noise, self.gates)  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType,reportReturnType]
 
     @torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
     def _noise(self) -> tuple[Tensor, Tensor]:
@@ -175,10 +186,9 @@ class GatedChange(ParameterDelta):
         self.is_fixed.fill_(True)
 
     @torch.no_grad()
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """Returns the flat positions of the open gates, once fixed, and w there."""
-        positions = (self.alpha.reshape(-1) > 0).nonzero().flatten()
-        return positions, self.w.reshape(-1).index_select(0, positions)
+    def kept(self) -> Tensor:
+        """Returns the flat positions of the open gates, once they are fixed."""
+        return (self.alpha.reshape(-1) > 0).nonzero().flatten()
 
     def expected(self) -> tuple[Tensor, Tensor | None]:
         """Returns the expected number of open entries, and the probability that the group is."""

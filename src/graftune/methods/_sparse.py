@@ -62,11 +62,14 @@ class SparseChange(ParameterDelta):
     def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
         """See `ParameterDelta.forward`: sums in float32, rounded once to the host's type."""
         assert value is not None
-        if not len(self.values):
-            return value
-        flat, at = value.reshape(-1), self.positions()
-        moved = flat.index_select(0, at).to(self.values.dtype) + self.values
-        return flat.index_copy(0, at, moved.to(value.dtype)).view(value.shape)
+        return added(value, self.positions(), self.values) if len(self.values) else value
+
+
+def added(value: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """Returns a copy of `value` with values added at flat positions, summed in their own type."""
+    flat = value.reshape(-1)
+    moved = flat.index_select(0, at).to(values.dtype) + values
+    return flat.index_copy(0, at, moved.to(value.dtype)).view(value.shape)
 
 
 def budget(keep: float, size: int) -> int:

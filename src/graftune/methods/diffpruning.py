@@ -157,7 +157,8 @@ class DiffPruning(Method):
             self._fix(adapter)
         last: dict[Delta, Delta] = {}
         for delta in deltas:
-            positions, values = delta.kept()
+            positions = delta.kept()
+            values = delta.w.detach().reshape(-1).index_select(0, positions)
             last[delta] = SparseChange.at(positions, values, delta.w.numel())
             last[delta].requires_grad_(delta.w.requires_grad)
         replace_deltas(adapter.model, adapter.grafts, last)
