@@ -23,6 +23,17 @@ STEPS = 380
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head alone": ({"name": "Selective", "targets": ["head"]}, {"lr": 3e-3}),
     "LoRA": ({"name": "LoRA", "alpha": 16}, {"lr": 2e-3}),
+    "AdaLoRA": ({"name": "AdaLoRA"}, {"lr": 5e-3}),
+    "LoHa": ({"name": "LoHa"}, {"lr": 2e-3}),
+    "LoKr": ({"name": "LoKr"}, {"lr": 3e-3}),
+    "VeRA": ({"name": "VeRA"}, {"lr": 1e-2}),
+    "IA3": ({"name": "IA3"}, {"lr": 1e-2}),
+    "BitFit": ({"name": "BitFit"}, {"lr": 3e-3}),
+    "LayerNormTuning": ({"name": "LayerNormTuning"}, {"lr": 3e-3}),
+    "Selective": ({"name": "Selective", "targets": ["attention"]}, {"lr": 3e-4}),
+    "DiffPruning": ({"name": "DiffPruning"}, {"lr": 5e-4}),
+    "FishMask": ({"name": "FishMask"}, {"lr": 2e-3}),
+    "FullFineTuning": ({"name": "FullFineTuning"}, {"lr": 2e-4}),
 }
 """Method and training settings that differ from the defaults; others run with their own."""
 
