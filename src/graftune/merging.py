@@ -190,7 +190,7 @@ def _merged_weight(host: nn.Module, place: LinearPlace, delta: Delta, weight: Te
         wide = delta.merged(wide, host)
     else:
         wide = wide.clone()
-        at = torch.cat([torch.arange(a, b, device=wide.device) for a, b in place.rows])
+        at = hosts.row_index(place.rows, wide.device)
         wide[at] = delta.merged(wide[at], host)
     return hosts.oriented(host, wide)
 
@@ -205,7 +205,7 @@ def _merge_bias(
     key, at = (place.module, "bias"), None
     now = None if bias is None else changed.get(key, bias.detach())
     if now is not None and place.rows is not None:
-        at = torch.cat([torch.arange(*run, device=now.device) for run in place.rows])
+        at = hosts.row_index(place.rows, now.device)
     change = delta.bias_change(now if now is None or at is None else now[at])
     if change is None:
         return

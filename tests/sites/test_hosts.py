@@ -88,3 +88,9 @@ def test_a_missing_bias_is_made_beside_the_weight() -> None:
     host = nn.Linear(3, 5, bias=False, dtype=torch.bfloat16, device="meta")
     options = hosts.delta_options(host, "bias")
     assert options == {"device": torch.device("meta"), "dtype": torch.float32}
+
+
+def test_ranges_are_read_in_their_order_on_the_device_asked_for() -> None:
+    assert hosts.row_index([(4, 6), (0, 2)]).tolist() == [4, 5, 0, 1]
+    found = hosts.row_index([(0, 3)], torch.device("meta"))
+    assert (found.shape, found.dtype, found.device.type) == ((3,), torch.int64, "meta")

@@ -67,7 +67,7 @@ class Slice:
     @property
     def index(self) -> Tensor:
         """Returns the features, (rows,) int64."""
-        return torch.cat([torch.arange(*run) for run in self.rows])
+        return hosts.row_index(self.rows)
 
 
 def low_rank_grafts(grafts: Iterable[Graft]) -> dict[tuple[str, str], list[Graft]]:
@@ -280,17 +280,15 @@ def _whole(host: nn.Module, group: Sequence[Graft]) -> Factors:
 def _scatter(into: Tensor, group: Sequence[Graft], name: str) -> None:
     for graft in group:
         rows, values = _rows(graft), getattr(graft.delta, name).detach()
-        index = slice(None) if rows is None else torch.cat([torch.arange(*run) for run in rows])
-        into[index] = values
+        into[slice(None) if rows is None else hosts.row_index(rows)] = values
 
 
 def _padded(B: Tensor, rows: tuple[tuple[int, int], ...] | None, out: int, dim: int) -> Tensor:
     if rows is None:
         return B
-    index = torch.cat([torch.arange(*run) for run in rows]).to(B.device)
     shape = list(B.shape)
     shape[dim] = out
-    return B.new_zeros(shape).index_copy(dim, index, B)
+    return B.new_zeros(shape).index_copy(dim, hosts.row_index(rows, B.device), B)
 
 
 def _height(host: nn.Module, parameter: str, experts: bool) -> int:

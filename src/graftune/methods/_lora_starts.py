@@ -102,7 +102,7 @@ def start_from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> Non
 def indices(projection: Projection, device: torch.device) -> Tensor | None:
     """Returns the output features of a slice, None of a whole module."""
     rows = projection.rows
-    return None if rows is None else torch.cat([torch.arange(*run, device=device) for run in rows])
+    return None if rows is None else hosts.row_index(rows, device)
 
 
 def rows_of(weight: Tensor, projection: Projection) -> Tensor:

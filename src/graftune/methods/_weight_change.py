@@ -95,7 +95,7 @@ def _of_experts(host: nn.Module, part: Projection) -> Matrix:
         out, fan_in = fan_in, out
     index = None
     if part.rows is not None:
-        index = torch.cat([torch.arange(*run, device=tensor.device) for run in part.rows])
+        index = hosts.row_index(part.rows, tensor.device)
         out = len(index)
     options = hosts.delta_options(host, part.parameter)
     place = ParameterPlace(part.module, part.parameter)

@@ -5,6 +5,7 @@ A weight is always seen as `(out_features, in_features, ...)`; an embedding as `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -67,6 +68,15 @@ def read(host: nn.Module, parameter: str = "weight") -> Tensor:
         )
     value = getattr(host, parameter)
     return oriented(host, value) if parameter == "weight" else value
+
+
+def row_index(rows: Iterable[tuple[int, int]], device: torch.device | None = None) -> Tensor:
+    """Returns the rows that half-open ranges hold, `(rows,)` int64, in the ranges' order.
+
+    >>> row_index([(4, 6), (0, 2)])
+    tensor([4, 5, 0, 1])
+    """
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in rows])
 
 
 def delta_options(host: nn.Module, parameter: str = "weight") -> dict[str, Any]:

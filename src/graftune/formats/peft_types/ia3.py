@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from graftune.errors import FormatError
@@ -132,7 +131,7 @@ def _cut(whole: Tensor, index: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 def _index(graft: Graft) -> Tensor | None:
     """Returns the features of a slice, None where a vector is of a whole module."""
     rows = graft.place.rows if isinstance(graft.place, LinearPlace) else None
-    return None if rows is None else torch.cat([torch.arange(*run) for run in rows])
+    return None if rows is None else hosts.row_index(rows)
 
 
 def _shape(graft: Graft, host: nn.Module) -> tuple[int, ...]:
