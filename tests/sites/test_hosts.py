@@ -94,3 +94,9 @@ def test_ranges_are_read_in_their_order_on_the_device_asked_for() -> None:
     assert hosts.row_index([(4, 6), (0, 2)]).tolist() == [4, 5, 0, 1]
     found = hosts.row_index([(0, 3)], torch.device("meta"))
     assert (found.shape, found.dtype, found.device.type) == ((3,), torch.int64, "meta")
+
+
+def test_an_embedding_that_multiplies_its_rows_says_by_how_much() -> None:
+    gemma = FAMILIES["gemma2"].build().model.embed_tokens
+    assert float(hosts.embedding_scale(gemma)) == pytest.approx(gemma.embedding_dim**0.5)
+    assert hosts.embedding_scale(nn.Embedding(7, 5)) == 1.0

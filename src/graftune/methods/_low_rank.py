@@ -93,7 +93,7 @@ class LowRankEmbedding(LowRank):
     def change(self, x: Tensor, host: nn.Module) -> Tensor:
         """See `LowRank.change`."""
         change = F.embedding(x, self.A.t()) @ self.B.t()
-        return change * embedding_scale(host)
+        return change * hosts.embedding_scale(host)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Returns the ids: dropout has nothing to fall on."""
@@ -215,7 +215,7 @@ class TokenRows(LinearDelta):
     def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         """See `LinearDelta.forward`."""
         hit = x[..., None] == self.ids
-        own = (self.rows * embedding_scale(host)).to(y.dtype)[hit.int().argmax(-1)]
+        own = (self.rows * hosts.embedding_scale(host)).to(y.dtype)[hit.int().argmax(-1)]
         return torch.where(hit.any(-1, keepdim=True), own, y)
 
     def changes(self, size: int) -> int:
@@ -256,9 +256,3 @@ class TokenColumns(LinearDelta):
         if bias is not None:
             logits = logits + bias[rows.ids]
         return y.index_copy(-1, rows.ids, logits)
-
-
-def embedding_scale(host: nn.Module) -> Tensor | float:
-    """Returns the factor by which some embeddings multiply their rows (Gemma's sqrt(d)), else 1."""
-    scale = getattr(host, "embed_scale", None)
-    return 1.0 if scale is None else scale

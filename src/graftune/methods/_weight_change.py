@@ -171,7 +171,7 @@ def applied(change: Tensor, x: Tensor, host: nn.Module) -> Tensor:
     """
     kind = hosts.kind_of(host)
     if kind == "embedding":
-        return F.embedding(x, change.t()) * getattr(host, "embed_scale", 1.0)
+        return F.embedding(x, change.t()) * hosts.embedding_scale(host)
     x = x.to(change.dtype)
     if kind == "linear":
         return F.linear(x, change)

@@ -88,7 +88,7 @@ class HadamardEmbedding(Hadamard, LinearChange):
         change = left * (F.embedding(x, self.A2.t()) @ self.B2.t())
         if self.drops:
             change = change * self.kept(self.B1.shape[:1], change)
-        return y + (change * getattr(host, "embed_scale", 1.0)).to(y.dtype)
+        return y + (change * hosts.embedding_scale(host)).to(y.dtype)
 
 
 class HadamardInExperts(Hadamard, ExpertsChange):

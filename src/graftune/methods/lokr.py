@@ -150,7 +150,7 @@ class KroneckerEmbedding(Kronecker, LinearChange):
         change = (left[..., :, None] * right[..., None, :]).flatten(-2)
         if self.drops:
             change = change * self.kept(change.shape[-1:], change)
-        return y + (change * getattr(host, "embed_scale", 1.0)).to(y.dtype)
+        return y + (change * hosts.embedding_scale(host)).to(y.dtype)
 
 
 class KroneckerInExperts(Kronecker, ExpertsChange):

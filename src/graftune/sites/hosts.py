@@ -50,6 +50,12 @@ def features(host: nn.Module) -> tuple[int, int]:
     return (first, second) if is_transposed(host) else (second, first)
 
 
+def embedding_scale(host: nn.Module) -> Tensor | float:
+    """Returns the factor by which some embeddings multiply their rows (Gemma's sqrt(d)), else 1."""
+    scale = getattr(host, "embed_scale", None)
+    return 1.0 if scale is None else scale
+
+
 def oriented(host: nn.Module, weight: Tensor) -> Tensor:
     """Returns a view of a weight as (out, in, ...), or back: the same turn both ways."""
     return weight.t() if is_transposed(host) or isinstance(host, nn.Embedding) else weight
