@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import graftune as gt
 from tests.contract.subjects import logits, shake
@@ -138,6 +139,21 @@ def test_up_slice_of_experts_changes_alone() -> None:
     value = host.deltas._modules["parameters"].values(("default",), host)["gate_up_proj"]
     assert torch.equal(value[:, :80], base[:, :80])
     assert not torch.isclose(value[:, 80:], base[:, 80:]).all(-1).any()
+
+
+def test_turned_experts_change_in_their_columns_and_are_counted_so() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_local_experts": 4}
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = GptOssForCausalLM(GptOssConfig(**sizes, **shape, vocab_size=99))
+    method = gt.LoRA(r=3, alpha=6, targets="up")
+    assert method.count(model, gt.anatomy(model)) == 4 * 3 * (32 + 48)
+    shake(gt.attach(model, method), seed=1)
+    host = model.model.layers[0].mlp.experts
+    delta = host.deltas._modules["parameters"]._modules["default"]._modules["gate_up_proj"]
+    base = host._parameters["gate_up_proj"]  # (experts, in, 2 * out), gate and up by turns
+    expected = base.clone()
+    expected[:, :, 1::2] += 2 * (delta.B @ delta.A).mT
+    torch.testing.assert_close(delta(base, base), expected)
 
 
 def test_doubling_alpha_doubles_the_change() -> None:

@@ -144,7 +144,7 @@ def graft(
     options: Mapping[str, Any] = hosts.delta_options(host, factors.parameter)
     A, B = factors.A.to(**options, copy=True), factors.B.to(**options, copy=True)
     if factors.of_experts:
-        turned = bool(getattr(host, "is_transposed", False))
+        turned = hosts.has_turned_experts(host)
         index = None if part is None else part.index.to(A.device)
         experts = low_rank.LowRankExperts(A, B, factors.scale, index, turned)
         return Graft(ParameterPlace(factors.module, factors.parameter), experts)
@@ -292,10 +292,7 @@ def _padded(B: Tensor, rows: tuple[tuple[int, int], ...] | None, out: int, dim: 
 
 
 def _height(host: nn.Module, parameter: str, experts: bool) -> int:
-    if not experts:
-        return hosts.features(host)[1]
-    turned = bool(getattr(host, "is_transposed", False))
-    return int(getattr(host, parameter).shape[2 if turned else 1])
+    return hosts.expert_sizes(host, parameter)[1] if experts else hosts.features(host)[1]
 
 
 def _expert_tensors(factors: Factors, depth: int) -> dict[str, Tensor]:

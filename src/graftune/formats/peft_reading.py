@@ -208,7 +208,7 @@ class _Plan:
                 f"{reading.where}: LoRA on {name}, of a {type(host).__name__}, isn't supported."
             )
         if parameter != "weight":
-            return self._names_in_experts(module, parameter, tensor, host, r)
+            return self._names_in_experts(module, parameter, host, r)
         kind = hosts.kind_of(host)
         if kind == "linear" and not (hosts.is_transposed(host) or hasattr(host, "in_features")):
             raise FormatError(
@@ -229,11 +229,9 @@ class _Plan:
         return names
 
     def _names_in_experts(
-        self, module: str, parameter: str, tensor: Tensor, host: nn.Module, r: int
+        self, module: str, parameter: str, host: nn.Module, r: int
     ) -> dict[str, tuple[int, ...]]:
-        experts, out, fan_in = tensor.shape
-        if getattr(host, "is_transposed", False):
-            out, fan_in = fan_in, out
+        experts, out, fan_in = hosts.expert_sizes(host, parameter)
         order = [name for name, _ in host.named_parameters(recurse=False)]
         chosen = [p for m, p in self.places if m == module]
         depth = sum(order.index(p) > order.index(parameter) for p in chosen)

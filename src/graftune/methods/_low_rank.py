@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftune.methods._weight_change import ExpertsChange
 from graftune.sites import hosts
-from graftune.sites.base import LinearDelta, ParameterDelta
+from graftune.sites.base import LinearDelta
 
 
 class LowRank(LinearDelta):
@@ -169,7 +170,7 @@ class MagnitudeConv(Magnitude, LowRankConv):
         return values.reshape(-1, *[1] * (y.ndim - 2))
 
 
-class LowRankExperts(ParameterDelta):
+class LowRankExperts(ExpertsChange):
     """theta_e + s * B_e A_e for each expert e of a 3-D parameter.
 
     Shapes: A (experts, r, in), B (experts, out, r).
@@ -177,7 +178,6 @@ class LowRankExperts(ParameterDelta):
 
     A: nn.Parameter
     B: nn.Parameter
-    index: Tensor | None
 
     def __init__(
         self, A: Tensor, B: Tensor, scale: float, index: Tensor | None, turned: bool
@@ -188,14 +188,9 @@ class LowRankExperts(ParameterDelta):
         self.scale, self.turned = scale, turned
         self.rank = A.shape[1]
 
-    def forward(self, value: Tensor | None, base: Tensor | None) -> Tensor:
-        """See `ParameterDelta.forward`; `turned` weights are (experts, in, out)."""
-        assert value is not None
-        change = (self.scale * torch.bmm(self.B, self.A)).to(value.dtype)
-        out = 1
-        if self.turned:
-            change, out = change.transpose(1, 2), 2
-        return value + change if self.index is None else value.index_add(out, self.index, change)
+    def weight_change(self) -> Tensor:
+        """Returns s * B A, `(experts, out, in)`."""
+        return self.scale * torch.bmm(self.B, self.A)
 
 
 class TokenRows(LinearDelta):

@@ -69,7 +69,7 @@ def matrices(model: nn.Module, projections: tuple[Projection, ...]) -> Iterator[
     for part in projections:
         host = model.get_submodule(part.module)
         if part.parameter != "weight":
-            yield _of_experts(host, part)
+            yield of_experts(host, part)
             continue
         if getattr(host, "groups", 1) != 1:
             raise SettingsError(f"{part.module} is a grouped convolution, not supported.")
@@ -88,16 +88,14 @@ def targeted(
     return list(matrices(model, resolve(model, anatomy, targets, layers, exclude)))
 
 
-def _of_experts(host: nn.Module, part: Projection) -> Matrix:
-    tensor: Tensor = getattr(host, part.parameter)
-    experts, out, fan_in = tensor.shape
-    if getattr(host, "is_transposed", False):
-        out, fan_in = fan_in, out
+def of_experts(host: nn.Module, part: Projection) -> Matrix:
+    """Returns the experts' weights that a projection means."""
+    experts, out, fan_in = hosts.expert_sizes(host, part.parameter)
+    options = hosts.delta_options(host, part.parameter)
     index = None
     if part.rows is not None:
-        index = hosts.row_index(part.rows, tensor.device)
+        index = hosts.row_index(part.rows, options["device"])
         out = len(index)
-    options = hosts.delta_options(host, part.parameter)
     place = ParameterPlace(part.module, part.parameter)
     return Matrix(place, part.path, host, (experts,), out, fan_in, options, index=index)
 
@@ -134,7 +132,7 @@ class ExpertsChange(ParameterDelta):
     def at(self, matrix: Matrix) -> ExpertsChange:
         """Notes which rows of the tensor it changes and how the tensor lies, and returns itself."""
         self.register_buffer("index", matrix.index, persistent=False)
-        self.turned = bool(getattr(matrix.host, "is_transposed", False))
+        self.turned = hosts.has_turned_experts(matrix.host)
         return self
 
     def weight_change(self) -> Tensor:
@@ -155,10 +153,6 @@ class ExpertsChange(ParameterDelta):
         if self.turned:
             change, out = change.transpose(1, 2), 2
         return value + change if self.index is None else value.index_add(out, self.index, change)
-
-    def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
-        """See `Delta.merged`."""
-        return self.forward(weight, weight)
 
 
 def applied(change: Tensor, x: Tensor, host: nn.Module) -> Tensor:

@@ -161,7 +161,7 @@ def _scaled_output(matrix: Matrix) -> Graft:
 def _scaled_input(matrix: Matrix) -> Graft:
     place = matrix.place
     if matrix.in_experts:
-        turned = bool(getattr(matrix.host, "is_transposed", False))
+        turned = hosts.has_turned_experts(matrix.host)
         return Graft(place, ScaledExperts(matrix.empty(matrix.fan_in).fill_(1), turned))
     assert isinstance(place, LinearPlace)
     if hosts.kind_of(matrix.host) == "embedding":

@@ -27,9 +27,10 @@ from graftune.methods import _lora_starts as starts
 from graftune.methods import _low_rank as low_rank
 from graftune.methods._lora_tokens import token_embedding, token_grafts
 from graftune.methods._patterns import check_patterns, check_used, value_for
+from graftune.methods._weight_change import of_experts
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
-from graftune.sites.base import Delta, Graft, LinearPlace, ParameterPlace
+from graftune.sites.base import Delta, Graft, LinearPlace
 from graftune.sites.parameter import own_value
 
 Targets = str | tuple[str, ...]
@@ -192,9 +193,8 @@ class LoRA(Method):
         for part in (chosen := resolve(model, anatomy, self.targets, self.layers, self.exclude)):
             host, r = model.get_submodule(part.module), self.rank_of(_name(part))
             if part.parameter != "weight":
-                experts, out, fan_in = getattr(host, part.parameter).shape
-                out = _height(part, out) if part.rows else out
-                total += experts * r * (fan_in + out)
+                matrix = of_experts(host, part)
+                total += matrix.lead[0] * r * (matrix.fan_in + matrix.out)
                 continue
             fan_in, out = hosts.features(host)
             out = _height(part, out)
@@ -275,21 +275,13 @@ class LoRA(Method):
                 "lora_bias and init from the weight are not possible; leave it out with "
                 'targets="attention".'
             )
-        tensor = getattr(host, projection.parameter)
-        turned = bool(getattr(host, "is_transposed", False))
-        experts, out, fan_in = tensor.shape
-        if turned:
-            out, fan_in = fan_in, out
-        index = starts.indices(projection, tensor.device)
-        out = out if index is None else len(index)
-        self._check_rank(projection.path, r, fan_in, out, empty)
-        options = hosts.delta_options(host, projection.parameter)
-        A = torch.empty((experts, r, fan_in), **options)  # type: ignore[arg-type]
-        B = torch.empty((experts, out, r), **options)  # type: ignore[arg-type]
+        matrix = of_experts(host, projection)
+        self._check_rank(matrix.name, r, matrix.fan_in, matrix.out, empty)
+        A, B = matrix.empty(r, matrix.fan_in), matrix.empty(matrix.out, r)
         if not empty:
             starts.start_experts(A, B, self.init)
-        delta = low_rank.LowRankExperts(A, B, scale, index, turned)
-        return Graft(ParameterPlace(projection.module, projection.parameter), delta)
+        turned = hosts.has_turned_experts(host)
+        return Graft(matrix.place, low_rank.LowRankExperts(A, B, scale, matrix.index, turned))
 
 
 _KINDS: dict[str, type[low_rank.LowRank]] = {

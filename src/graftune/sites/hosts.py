@@ -50,6 +50,17 @@ def features(host: nn.Module) -> tuple[int, int]:
     return (first, second) if is_transposed(host) else (second, first)
 
 
+def has_turned_experts(host: nn.Module) -> bool:
+    """Whether the module keeps its experts' weights as (experts, in, out), as gpt-oss does."""
+    return bool(getattr(host, "is_transposed", False))
+
+
+def expert_sizes(host: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """Returns (experts, out, in) of a 3-D tensor of experts' weights, whichever way it lies."""
+    experts, out, fan_in = getattr(host, parameter).shape
+    return (experts, fan_in, out) if has_turned_experts(host) else (experts, out, fan_in)
+
+
 def embedding_scale(host: nn.Module) -> Tensor | float:
     """Returns the factor by which some embeddings multiply their rows (Gemma's sqrt(d)), else 1."""
     scale = getattr(host, "embed_scale", None)
