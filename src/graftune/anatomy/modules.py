@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -77,6 +77,15 @@ def leaf(path: str) -> str:
 def within(path: str, ancestor: str) -> bool:
     """Whether `path` is `ancestor` or below it."""
     return not ancestor or path == ancestor or path.startswith(ancestor + ".")
+
+
+def is_in(path: str, modules: Iterable[str]) -> bool:
+    """Whether a module or tensor is one of `modules`, or below one that isn't the root.
+
+    >>> is_in("head.dense.weight", ["head"]), is_in("header.weight", ["head"])
+    (True, False)
+    """
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def common(paths: list[str]) -> str:

@@ -11,10 +11,10 @@ from graftune.anatomy.modules import (
     Tree,
     is_convolution,
     is_embedding,
+    is_in,
     is_norm,
     leaf,
     linear_shape,
-    parent,
     within,
 )
 
@@ -30,7 +30,7 @@ def input_embeddings(model: PreTrainedModel, tree: Tree, blocks: list[str]) -> t
     own = _own_input_embeddings(model, tree)
     found: list[str] = []
     for path, module in tree.modules.items():
-        if any(within(path, block) for block in blocks):
+        if is_in(path, blocks):
             continue
         is_token = is_embedding(module) and _TOKENS.fullmatch(leaf(path)) is not None
         is_patch = is_convolution(module) and _PATCHES.fullmatch(leaf(path)) is not None
@@ -104,7 +104,7 @@ def _left_by_loading(tree: Tree, blocks: list[str], known: list[str]) -> list[st
         own = {n: p for n, p in module._parameters.items() if p is not None}
         marked = [getattr(p, "_is_hf_initialized", False) for p in own.values()]
         loaded = loaded or any(marked)
-        outside = not any(within(path, other) for other in [*blocks, *known])
+        outside = not is_in(path, [*blocks, *known])
         is_tied = any(f"{path}.{name}" in tied for name in own)
         if own and outside and not any(marked) and not is_tied and not is_embedding(module):
             left.append(path)
@@ -133,8 +133,3 @@ def tied_tensors(tree: Tree) -> tuple[tuple[str, ...], ...]:
         if GRAFTS not in name.split("."):
             groups.setdefault(id(value), []).append(name)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
-
-
-def is_in(path: str, modules: tuple[str, ...]) -> bool:
-    """Whether a module or tensor lies in one of `modules`."""
-    return any(within(path, module) or parent(path) == module for module in modules)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from graftune.anatomy.layers import pick_layers
-from graftune.anatomy.modules import Tree, is_convolution, is_embedding, is_router, within
+from graftune.anatomy.modules import Tree, is_convolution, is_embedding, is_in, is_router
 from graftune.anatomy.parts import Anatomy, Projection, Role, SpanKind
 from graftune.errors import AnatomyError, nearest
 
@@ -127,8 +127,8 @@ def resolve(
     if exclude:
         chosen.remove(_choose(anatomy, tree, exclude))
     if layers is not None:
-        blocks = pick_layers(anatomy, layers)
-        for key in [k for k in chosen.wanted if not any(within(k[0], b.path) for b in blocks)]:
+        blocks = [block.path for block in pick_layers(anatomy, layers)]
+        for key in [k for k in chosen.wanted if not is_in(k[0], blocks)]:
             del chosen.wanted[key]
     found = chosen.projections()
     if not found:
@@ -190,12 +190,12 @@ def _routers(chosen: _Chosen) -> set[str]:
     return {
         path
         for path in chosen.tree.linears
-        if is_router(path, chosen.tree.modules[path]) and any(within(path, home) for home in homes)
+        if is_router(path, chosen.tree.modules[path]) and is_in(path, homes)
     }
 
 
 def _in_head(path: str, anatomy: Anatomy) -> bool:
-    return any(within(path, head) for head in anatomy.heads)
+    return is_in(path, anatomy.heads)
 
 
 def _targetable(chosen: _Chosen) -> dict[str, Key]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graftune.anatomy.layers import pick_layers
-from graftune.anatomy.modules import GRAFTS, common, is_embedding, leaf, parent, within
+from graftune.anatomy.modules import GRAFTS, common, is_embedding, is_in, leaf, parent, within
 from graftune.anatomy.parts import Anatomy, Projection, Role, Span, SpanKind
 from graftune.anatomy.targets import ROLES, Layers
 from graftune.errors import AnatomyError, nearest
@@ -94,10 +94,10 @@ def _matching(every: list[str], subset: str) -> list[str]:
 
 
 def _kept(anatomy: Anatomy, names: Sequence[str], layers: Layers) -> tuple[str, ...]:
-    kept = [name for name in names if not any(within(name, head) for head in anatomy.heads)]
+    kept = [name for name in names if not is_in(name, anatomy.heads)]
     if layers is not None:
-        blocks = pick_layers(anatomy, layers)
-        kept = [name for name in kept if any(within(name, block.path) for block in blocks)]
+        blocks = [block.path for block in pick_layers(anatomy, layers)]
+        kept = [name for name in kept if is_in(name, blocks)]
     return tuple(kept)
 
 
@@ -168,8 +168,8 @@ def resolve_tensors(
         chosen[name] = chosen.get(name, set()) - roles
     chosen = {name: roles for name, roles in chosen.items() if roles}
     if layers is not None:
-        blocks = pick_layers(anatomy, layers)
-        chosen = {n: r for n, r in chosen.items() if any(within(n, b.path) for b in blocks)}
+        blocks = [block.path for block in pick_layers(anatomy, layers)]
+        chosen = {n: r for n, r in chosen.items() if is_in(n, blocks)}
     if not chosen:
         without = f" without {exclude!r}" if exclude else ""
         raise AnatomyError(f"Targets {targets!r}{without} leave no tensor{_where(layers)}.")
@@ -253,16 +253,16 @@ class _Own:
             return [name for name in self.tensors if self._is_embedding(name)]
         if word == "head":
             heads = _heads(self.anatomy)
-            return self._untied(word, [n for n in self.tensors if _is_in(n, heads)])
+            return self._untied(word, [n for n in self.tensors if is_in(n, heads)])
         if word == "blocks":
             blocks = [block.path for block in self.anatomy.blocks]
-            return self._untied(word, [n for n in self.tensors if _is_in(n, blocks)])
+            return self._untied(word, [n for n in self.tensors if is_in(n, blocks)])
         names = [name for name in self.tensors if self.first(name) == name]
         return list(_kept(self.anatomy, names, None))
 
     def _is_embedding(self, name: str) -> bool:
         home, blocks = parent(name), [block.path for block in self.anatomy.blocks]
-        if _is_in(name, [*blocks, *self.anatomy.heads]) or home in self.anatomy.norms:
+        if is_in(name, [*blocks, *self.anatomy.heads]) or home in self.anatomy.norms:
             return False
         is_table = is_embedding(self.model.get_submodule(home))
         is_patch = home in self.anatomy.input_embeddings
@@ -338,10 +338,6 @@ class _Own:
 def _is_trainable(tensor: Tensor | None) -> bool:
     """Whether a tensor holds plain numbers; those of 8 bits mean something with a scale only."""
     return tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
-def _is_in(name: str, modules: Sequence[str]) -> bool:
-    return any(within(name, module) for module in modules)
 
 
 def _heads(anatomy: Anatomy) -> list[str]:

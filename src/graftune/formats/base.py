@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftune.anatomy.modules import is_in
 from graftune.errors import BaseMismatchError
 from graftune.sites.base import base_modules
 
@@ -85,7 +86,7 @@ def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
     matrices = [
         tensor
         for name, tensor in base_tensors(model).items()
-        if tensor.ndim >= 2 and not _below(name, skip)
+        if tensor.ndim >= 2 and not is_in(name, skip)
     ]
     if not matrices or any(not t.is_floating_point() or t.is_meta for t in matrices):
         return None  # quantised or without numbers: nothing to compare
@@ -102,10 +103,6 @@ def _probe(tensor: Tensor) -> bytes:
 
     values = tensor.detach().reshape(-1)[:_PROBED_VALUES].to(torch.bfloat16)
     return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _below(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _quoted(name: Any) -> str:

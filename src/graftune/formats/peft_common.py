@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from graftune.anatomy.modules import is_in
 from graftune.formats.base import base_name
 from graftune.formats.peft_settings import TASK_HEADS, saved_modules, targeted_modules
 from graftune.sites.base import base_modules, is_base
@@ -113,21 +114,12 @@ def twins(adapter: Adapter) -> dict[str, Tensor]:
     model, names, found = adapter.model, tensor_names(adapter.model), {}
     for graft in adapter.grafts:
         place, delta = graft.place, graft.delta
-        if (
-            isinstance(delta, OwnValue)
-            and delta.shared
-            and is_below(place.module, adapter.head_names)
-        ):
+        if isinstance(delta, OwnValue) and delta.shared and is_in(place.module, adapter.head_names):
             base = model.get_submodule(place.module)._parameters.get(place.parameter)
             for module, parameter in names.get(id(base), ()):
                 if (module, parameter) != (place.module, place.parameter):
                     found[f"{module}.{parameter}"] = delta.value.detach()
     return found
-
-
-def is_below(module: str, heads: Iterable[str]) -> bool:
-    """Whether a module is one of `heads` or lies in one."""
-    return any(module == head or module.startswith(f"{head}.") for head in heads)
 
 
 def buffers(adapter: Adapter) -> dict[str, Tensor]:

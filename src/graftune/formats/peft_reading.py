@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
+from graftune.anatomy.modules import is_in
 from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats import factors as forms
 from graftune.formats import peft_settings as rules
 from graftune.formats.base import base_name, embeddings
 from graftune.formats.factors import Factors, Slice
-from graftune.formats.peft_common import is_below
 from graftune.formats.peft_ranks import used
 from graftune.formats.tensors import listed
 from graftune.methods._lora_starts import start_from_weight
@@ -119,12 +119,12 @@ def grafts(reading: Reading, anatomy: Anatomy) -> list[Graft]:
     for module, ids in plan.tokens.items():
         found += _token_rows(reading, anatomy, module, ids)
     values = [
-        own_value(reading.model, name, empty=True, adds=not is_below(name, reading.heads))
+        own_value(reading.model, name, empty=True, adds=not is_in(name, reading.heads))
         for name in plan.values
     ]
     for value in values:
         # PEFT saves a copy of a module: what is tied to the original's tensors doesn't follow.
-        in_head = is_below(value.place.module, reading.heads)
+        in_head = is_in(value.place.module, reading.heads)
         value.delta.shared = (reading.values or {}).get(value.place.key, not in_head)
     return found + values
 
@@ -293,7 +293,7 @@ class _Plan:
         reading = self.reading
         if reading.values is not None:
             return own in reading.values
-        if is_below(own, reading.heads):
+        if is_in(own, reading.heads):
             return True
         if reading.config["bias"] != "none" and "bias" in own:
             return True
@@ -308,7 +308,7 @@ class _Plan:
             host = reading.modules.get(module)
             if host is None:
                 continue
-            in_head = is_below(module, reading.heads)
+            in_head = is_in(module, reading.heads)
             base = host._parameters.get(parameter) if module in self.embeddings else None
             if base is None and in_head:
                 base = host._buffers.get(parameter)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy, resolve_tensors
+from graftune.anatomy.modules import is_in
 from graftune.errors import SettingsError
 from graftune.kernels.fastfood import Fastfood
 from graftune.methods.base import Method, register
@@ -122,7 +123,7 @@ class SAID(Method):
         first = next(iter(tensors.values()))
         common = Intrinsic(torch.zeros(width, device=first.device))
         return [
-            self._graft(model, name, common, self.seed + at, is_new=_is_in(name, anatomy.new_heads))
+            self._graft(model, name, common, self.seed + at, is_new=is_in(name, anatomy.new_heads))
             for at, name in enumerate(tensors)
         ]
 
@@ -134,7 +135,7 @@ class SAID(Method):
     def _tensors(self, model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
         names = resolve_tensors(model, anatomy, self.targets, self.layers, self.exclude)
         if self.project_head:
-            new = [n for n in base_parameters(model) if _is_in(n, anatomy.new_heads)]
+            new = [n for n in base_parameters(model) if is_in(n, anatomy.new_heads)]
             names = tuple(dict.fromkeys((*names, *new)))
         return {name: model.get_parameter(name) for name in names}
 
@@ -167,7 +168,3 @@ class SAID(Method):
             width = common.intrinsic.numel()
             projection = Fastfood(width, tensor.numel(), seed, tensor.device)
         return Graft(ParameterPlace(module, parameter), Projected(common, lam, projection, start))
-
-
-def _is_in(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)

@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from graftune.anatomy import Anatomy, resolve_tensors
+from graftune.anatomy.modules import is_in
 from graftune.methods.base import Method, register
 from graftune.sites.base import Graft
 from graftune.sites.parameter import own_value
@@ -49,18 +50,14 @@ class Selective(Method):
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
         """See `Method.plan`."""
         return [
-            own_value(model, name, empty=empty, adds=not _is_in_head(name, anatomy))
+            own_value(model, name, empty=empty, adds=not is_in(name, anatomy.heads))
             for name in self._tensors(model, anatomy)
         ]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: the entries of the tensors, those of task heads left out."""
-        names = [n for n in self._tensors(model, anatomy) if not _is_in_head(n, anatomy)]
+        names = [n for n in self._tensors(model, anatomy) if not is_in(n, anatomy.heads)]
         return sum(model.get_parameter(name).numel() for name in names)
 
     def _tensors(self, model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
         return resolve_tensors(model, anatomy, self.targets, self.layers, self.exclude)
-
-
-def _is_in_head(name: str, anatomy: Anatomy) -> bool:
-    return name.startswith(tuple(f"{head}." for head in anatomy.heads))

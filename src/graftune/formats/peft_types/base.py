@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from graftune import adapter as adapters
 from graftune.adapter import Planned
+from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError, nearest
 from graftune.formats.filling import fill, head_grafts, own_method
 from graftune.formats.peft_common import (
     NO_RULES,
     PREFIX,
     common_config,
-    is_below,
     without_prefix,
 )
 from graftune.formats.peft_settings import TASK_HEADS, names, saved_modules, targeted_modules
@@ -197,5 +197,5 @@ def _without_repeats(
     return {
         name: tensor
         for name, tensor in given.items()
-        if name in wanted or not (is_below(name, saved) and name in base)
+        if name in wanted or not (is_in(name, saved) and name in base)
     }

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError
-from graftune.formats.peft_common import common_config, is_below, own_values
+from graftune.formats.peft_common import common_config, own_values
 from graftune.formats.peft_types.base import PeftType
 from graftune.methods.layernorm import LayerNormTuning
 from graftune.sites.base import Graft
@@ -35,7 +36,7 @@ class _LnTuning(PeftType):
         """See `PeftType.obstacle`."""
         tuned = _tuned(adapter)
         for outer in tuned:
-            if any(module != outer and is_below(module, (outer,)) for module in tuned):
+            if any(module != outer and is_in(module, (outer,)) for module in tuned):
                 return f"HF PEFT can't tune {outer} and a module inside it"
         tied = _tied(adapter.model, adapter.grafts)
         return f"HF PEFT tunes a copy, which is not tied as {tied} are" if tied else None
@@ -87,7 +88,7 @@ class _LnTuning(PeftType):
 def _tuned(adapter: Adapter) -> list[str]:
     """Returns the modules that PEFT copies: those of own values outside heads saved whole."""
     places = [graft.place.module for graft in adapter.grafts]
-    return [m for m in dict.fromkeys(places) if not is_below(m, adapter.head_names)]
+    return [m for m in dict.fromkeys(places) if not is_in(m, adapter.head_names)]
 
 
 def _tied(model: nn.Module, grafts: Sequence[Graft]) -> str:
