@@ -11,7 +11,6 @@ from graftune.errors import FormatError
 from graftune.formats import peft_settings
 from graftune.formats.peft_settings import (
     checked,
-    pattern_value,
     saved_modules,
     targeted_modules,
     targeted_parameters,
@@ -120,14 +119,6 @@ def test_targets_are_matched_as_peft_does(settings: dict[str, Any]) -> None:
     theirs = peft.LoraConfig(**settings)
     expected = [m for m in MODULES if m and check_target_module_exists(theirs, m)]
     assert targeted_modules(config(**settings), MODULES) == expected
-
-
-def test_patterns_match_ends_of_names_in_order() -> None:
-    patterns = {"layers.0.q": 1, r"\d+.q": 2, "^q": 3}
-    assert pattern_value(patterns, "model.layers.0.q", 9) == 1
-    assert pattern_value(patterns, "model.layers.7.q", 9) == 2
-    assert pattern_value(patterns, "q", 9) == 3
-    assert pattern_value(patterns, "model.layers.0.k", 9) == 9
 
 
 def test_parameters_and_saved_modules_are_matched_by_their_ends() -> None:

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from graftune.formats.peft_settings import pattern_value
+from graftune.methods._patterns import matches, value_for
 
 
 class Ranked(Protocol):
@@ -67,15 +67,15 @@ def used(patterns: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any] 
     found = {
         pattern: value
         for pattern, value in patterns.items()
-        if any(pattern_value({pattern: True}, name, False) for name in modules)
+        if any(matches(pattern, name) for name in modules)
     }
     return found or None
 
 
 def _means(settings: Mapping[str, Any], name: str) -> tuple[int, float]:
     return (
-        pattern_value(settings["rank_pattern"], name, settings["r"]),
-        pattern_value(settings["alpha_pattern"], name, settings["alpha"]),
+        value_for(settings["rank_pattern"], name, settings["r"]),
+        value_for(settings["alpha_pattern"], name, settings["alpha"]),
     )
 
 

@@ -26,6 +26,7 @@ from graftune.formats.tensors import listed
 from graftune.methods._lora_starts import start_from_weight
 from graftune.methods._lora_tokens import token_grafts
 from graftune.methods._low_rank import LowRank, TokenRows
+from graftune.methods._patterns import value_for
 from graftune.methods.lora import LoRA
 from graftune.sites import hosts
 from graftune.sites.base import Graft, is_base
@@ -192,7 +193,7 @@ class _Plan:
     def _scale(self, name: str, rank: int) -> float:
         if self.reading.own:
             return self.reading.method.scale(name)
-        alpha = rules.pattern_value(
+        alpha = value_for(
             self.reading.config["alpha_pattern"], name, self.reading.config["lora_alpha"]
         )
         return alpha / (math.sqrt(rank) if self.reading.config["use_rslora"] else rank)
@@ -201,7 +202,7 @@ class _Plan:
         reading, config = self.reading, self.reading.config
         host = reading.model.get_submodule(module)
         name = module if parameter == "weight" else f"{module}.{parameter}"
-        r = rules.pattern_value(config["rank_pattern"], name, config["r"])
+        r = value_for(config["rank_pattern"], name, config["r"])
         tensor = getattr(host, parameter, None)
         if not isinstance(tensor, Tensor) or (tensor.ndim != 3 and parameter != "weight"):
             raise FormatError(

@@ -153,14 +153,6 @@ def targeted_parameters(config: Mapping[str, Any], parameters: Iterable[str]) ->
     return [name for name in parameters if _named(name, wanted)]
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns the value of the first pattern that ends a module's name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
 def saved_modules(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
     """Returns the modules saved whole: their names end, dot or not, in `modules_to_save`."""
     wanted = names(config["modules_to_save"])

@@ -24,9 +24,9 @@ def _ending(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def value_for(patterns: Mapping[str, Any] | None, name: str) -> Any:
-    """Returns what the first pattern that ends a module's name says, or None."""
-    return next((v for p, v in (patterns or {}).items() if matches(p, name)), None)
+def value_for(patterns: Mapping[str, Any] | None, name: str, default: Any = None) -> Any:
+    """Returns what the first pattern that ends a module's name says, or the default."""
+    return next((v for p, v in (patterns or {}).items() if matches(p, name)), default)
 
 
 def check_patterns(method: str, field: str, patterns: Mapping[str, float] | None, low: int) -> None:
