@@ -56,7 +56,40 @@ def penalty_of(found: list[Adapter]) -> Tensor | None:
     return sum(parts[1:], parts[0]) if parts else None
 
 
-class AdapterCallback(TrainerCallback):
+class Schedules(TrainerCallback):
+    """Tells the methods how long a run is, each of its steps, and that it has ended."""
+
+    def adapters(self, model: Any) -> list[Adapter]:
+        """Returns the adapters that train."""
+        return trainable(model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Tells the methods how many steps the run has.
+
+        Raises:
+            SettingsError: a schedule doesn't fit so many steps.
+        """
+        for adapter in self.adapters(given.get("model")):
+            adapter.begin(state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Moves the schedules on, while the gradients of the step are still there."""
+        for adapter in self.adapters(given.get("model")):
+            adapter.advance(state.global_step + 1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Brings the adapters into their last form."""
+        for adapter in self.adapters(given.get("model")):
+            adapter.finish()
+
+
+class AdapterCallback(Schedules):
     """What lets a Trainer that isn't gt.Trainer train methods with a penalty or a schedule.
 
         transformers.Trainer(model, args, callbacks=[gt.AdapterCallback()], ...)
@@ -66,21 +99,15 @@ class AdapterCallback(TrainerCallback):
     """
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Tells the methods how many steps the run has.
+        """See `Schedules.on_train_begin`.
 
         Raises:
-            SettingsError: a schedule doesn't fit so many steps.
             TrainingError: gradients are scaled (fp16), which only gt.Trainer can do with a penalty.
         """
-        for adapter in trainable(model):
-            adapter.begin(state.max_steps)
+        super().on_train_begin(args, state, control, **given)
+        for adapter in self.adapters(given.get("model")):
             if args.fp16 and adapter.method.needs_steps(adapter):
                 raise TrainingError(
                     f"{adapter.method.name} with fp16 needs gt.Trainer: a callback can't scale its "
@@ -88,55 +115,29 @@ class AdapterCallback(TrainerCallback):
                 )
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Puts the penalty's gradient in place."""
-        penalty = penalty_of(trainable(model))
+        penalty = penalty_of(self.adapters(given.get("model")))
         if penalty is not None:
             penalty.backward()
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        """Moves the schedules on, while the gradients of the step are still there."""
-        for adapter in trainable(model):
-            adapter.advance(state.global_step + 1)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        """Brings the adapters into their last form."""
-        for adapter in trainable(model):
-            adapter.finish()
-
-
-class Steps(TrainerCallback):
+class Steps(Schedules):
     """Moves the methods' schedules on, and ends a run at a step where it can be resumed."""
 
     def __init__(self, trainer: TrainerMixin) -> None:
         self.trainer = trainer
 
+    def adapters(self, model: Any) -> list[Adapter]:
+        """See `Schedules.adapters`: also where FSDP wraps the model."""
+        return self.trainer.training_adapters()
+
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Tells the methods how long the run is; restores the loss summed up since its last log."""
-        for adapter in self.trainer.training_adapters():
-            adapter.begin(state.max_steps)
+        super().on_train_begin(args, state, control, **given)
         self.trainer.restore_loss()
 
     def on_epoch_begin(
@@ -145,17 +146,10 @@ class Steps(TrainerCallback):
         """Tells the order of examples its epoch, which accelerate forgets when it skips batches."""
         self.trainer.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Moves schedules on, while the gradients of the step are still there."""
-        for adapter in self.trainer.training_adapters():
-            adapter.advance(state.global_step + 1)
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Brings the adapters into their last form."""
+        """Brings the adapters into their last form, which may need a new optimizer."""
         self.trainer.finish_adapters()
 
     def on_step_end(
