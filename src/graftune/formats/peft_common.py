@@ -12,6 +12,7 @@ from graftune.formats.base import base_name
 from graftune.formats.peft_settings import TASK_HEADS, saved_modules, targeted_modules
 from graftune.sites.base import base_modules, is_base
 from graftune.sites.parameter import OwnValue
+from graftune.sites.placing import tensor_names
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -107,8 +108,6 @@ def saved_heads(adapter: Adapter) -> tuple[str, ...]:
 
 def twins(adapter: Adapter) -> dict[str, Tensor]:
     """Returns a head's values under the names of other modules that share its tensors."""
-    from graftune.sites.placing import tensor_names
-
     if not adapter.head_names:
         return {}
     model, names, found = adapter.model, tensor_names(adapter.model), {}

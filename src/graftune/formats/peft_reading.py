@@ -30,7 +30,7 @@ from graftune.methods._patterns import value_for
 from graftune.methods.lora import LoRA
 from graftune.sites import hosts
 from graftune.sites.base import Graft, is_base
-from graftune.sites.parameter import own_value
+from graftune.sites.parameter import OwnValue, own_value
 
 _SUFFIXES = (
     *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"),
@@ -340,8 +340,6 @@ class _Plan:
 
 def fill(grafts: Sequence[Graft], reading: Reading) -> None:
     """Copies the file's values of the base's own tensors into grafts that were left empty."""
-    from graftune.sites.parameter import OwnValue
-
     for graft in grafts:
         if isinstance(graft.delta, OwnValue):
             place = graft.place

@@ -12,14 +12,9 @@ from graftune.adapter import Planned
 from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError, nearest
 from graftune.formats.filling import fill, head_grafts, own_method
-from graftune.formats.peft_common import (
-    NO_RULES,
-    PREFIX,
-    common_config,
-    without_prefix,
-)
+from graftune.formats.peft_common import NO_RULES, PREFIX, common_config, own_values, without_prefix
 from graftune.formats.peft_settings import TASK_HEADS, names, saved_modules, targeted_modules
-from graftune.sites.base import Graft, base_modules
+from graftune.sites.base import Graft, LinearPlace, base_modules
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -100,8 +95,6 @@ class PeftType:
 
     def modules(self, grafts: Sequence[Graft]) -> list[str]:
         """Returns the modules that an adapter changes, its own values left out."""
-        from graftune.sites.base import LinearPlace
-
         found = [g.place.module for g in grafts if isinstance(g.place, LinearPlace)]
         return list(dict.fromkeys(found))
 
@@ -112,8 +105,6 @@ class PeftType:
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """Returns the tensors of an adapter's file, without PEFT's prefix."""
-        from graftune.formats.peft_common import own_values
-
         heads = own_values(adapter, self.modules(adapter.grafts))
         return self.file_tensors(adapter.model, adapter.grafts) | heads
 
