@@ -78,6 +78,17 @@ class _Gated(torch.autograd.Function):
         noise: Tensor | None,
         gates: Gates,
     ) -> Tensor:
+        """Returns the changed tensor, in `value`'s dtype.
+
+        Args:
+            ctx: what the way back reads.
+            value: theta, in any floating dtype.
+            w: the change, of theta's shape.
+            alpha: its gates, of theta's shape.
+            group: z_g, a scalar, or None for 1.
+            noise: log u/(1-u), of theta's shape, which is overwritten; None for none.
+            gates: their stretch and temperature.
+        """
         ctx.noisy = noise is not None
         z = gates.opened(alpha, noise)
         ctx.save_for_backward(w, z, group)
@@ -88,6 +99,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the gradients of theta, w, alpha and z_g; noise and settings have none."""
         w, z, group = ctx.saved_tensors
         wide = gradient.to(w.dtype)
         by_alpha = ctx.gates.slope(z, ctx.noisy).mul_(wide).mul_(w)
