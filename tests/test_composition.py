@@ -27,10 +27,10 @@ def test_a_stack_keeps_its_order() -> None:
 @pytest.mark.parametrize(
     ("given_names", "message"),
     [
-        ((), r"Stack needs one or more different names, found \[\]"),
-        (("a", "a"), r"Stack needs one or more different names, found \['a', 'a'\]"),
-        ((["a", "b"],), r"Stack takes adapters' names, found \['a', 'b'\]"),
-        (("a", None), "Stack takes adapters' names, found None"),
+        ((), r"Stack needs one or more different members, found \[\]"),
+        (("a", "a"), r"Stack needs one or more different members, found \['a', 'a'\]"),
+        ((["a", "b"],), r"Stack takes names, Average, Fuse, Parallel; found \['a', 'b'\]"),
+        (("a", None), "Stack takes names, Average, Fuse, Parallel; found None"),
     ],
 )
 def test_a_stack_of_anything_else_is_refused(given_names: Any, message: str) -> None:
@@ -42,9 +42,9 @@ def test_a_stack_of_anything_else_is_refused(given_names: Any, message: str) -> 
     ("given_members", "message"),
     [
         ([], "Rows needs one member per row of the batch, found none"),
-        (["a", 3], "Rows takes names, Stacks or None, found 3"),
-        ([["a"]], r"Rows takes names, Stacks or None, found \['a'\]"),
-        ([gt.Rows(["a"])], "Rows takes names, Stacks or None, found Rows"),
+        (["a", 3], "Rows takes names, Stack, Average, Fuse or None, found 3"),
+        ([["a"]], r"Rows takes names, Stack, Average, Fuse or None, found \['a'\]"),
+        ([gt.Rows(["a"])], "Rows takes names, Stack, Average, Fuse or None, found Rows"),
     ],
 )
 def test_rows_of_anything_else_are_refused(given_members: Any, message: str) -> None:

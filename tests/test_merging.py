@@ -101,7 +101,9 @@ def test_unmerging_twice_is_refused() -> None:
 @pytest.mark.parametrize("wrong", [None, gt.Rows(["a", None]), gt.Rows([None])])
 def test_what_is_no_change_of_the_whole_is_refused(wrong: Any) -> None:
     model = model_with("bert", "a")
-    with pytest.raises(AdapterError, match="merge takes an adapter's name or a Stack, found"):
+    with pytest.raises(
+        AdapterError, match="merge takes an adapter's name or a Stack of names, found"
+    ):
         gt.merge(model, wrong)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from graftune import methods as methods
     from graftune.adapter import Adapter, activate, adapters, attach, detach, state_of, using
     from graftune.anatomy import Anatomy, resolve
-    from graftune.composition import Rows, Stack
+    from graftune.composition import AdapterDrop, Average, Fuse, Parallel, Rows, Stack
     from graftune.counting import summary
     from graftune.formats import inspect, load
     from graftune.merging import merge, unmerge
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from graftune.methods.diffpruning import DiffPruning
     from graftune.methods.fishmask import FishMask
     from graftune.methods.full import FullFineTuning
+    from graftune.methods.houlsby import HoulsbyAdapter
     from graftune.methods.ia3 import IA3
     from graftune.methods.layernorm import LayerNormTuning
     from graftune.methods.loha import LoHa
     from graftune.methods.lokr import LoKr
     from graftune.methods.lora import LoRA
+    from graftune.methods.parallel import ParallelAdapter
+    from graftune.methods.pfeiffer import PfeifferAdapter
     from graftune.methods.said import SAID
     from graftune.methods.selective import Selective
     from graftune.methods.vera import VeRA
@@ -42,7 +45,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "AdapterCallback": "training",
+    "AdapterDrop": "composition",
     "Anatomy": "anatomy",
+    "Average": "composition",
+    "Fuse": "composition",
+    "Parallel": "composition",
     "Rows": "composition",
     "Stack": "composition",
     "Trainer": "training",
@@ -66,15 +73,22 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "AdapterCallback",
+    "AdapterDrop",
     "Anatomy",
+    "Average",
     "BitFit",
     "DiffPruning",
     "FishMask",
     "FullFineTuning",
+    "Fuse",
+    "HoulsbyAdapter",
     "LayerNormTuning",
     "LoHa",
     "LoKr",
     "LoRA",
+    "Parallel",
+    "ParallelAdapter",
+    "PfeifferAdapter",
     "Rows",
     "Selective",
     "Stack",

@@ -1,281 +1,43 @@
 """An adapter's life: attach, activate, save, detach.
 
-Everything that is attached to a model hangs on one object, `model.__dict__["_graftune"]`, and on
-the sites below the hosts; `merging.py` writes changes into the weights.
+`merging.py` writes changes into the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graftune.activating import activate as activate
+from graftune.activating import set_active
+from graftune.activating import using as using
 from graftune.anatomy import Anatomy, anatomy
-from graftune.composition import Composition, Rows, check_names, members_of
-from graftune.errors import (
-    AdapterError,
-    FormatError,
-    SettingsError,
-    TrainingError,
-    nearest,
-)
+from graftune.attached import STATE, Adapter, Grafts, adapters, plain_model, state_of
+from graftune.composition import check_names, members_of
+from graftune.errors import AdapterError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
 from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value
 from graftune.sites.placing import forget_compiled, insert, remove
-from graftune.sites.state import Active, Plan, carry_plan_through_checkpoints
+from graftune.sites.plan import Plan
 
-if TYPE_CHECKING:
-    from graftune.merging import Merged
-
-STATE = "_graftune"
-
-
-class Adapter:
-    """All deltas of one method attached under one name, with the head trained with it.
-
-    Attributes:
-        name: what it is called on its model.
-        method: its settings.
-        model: the model it is attached to.
-        grafts: its deltas and their places, the head's last.
-        head_names: paths of the head modules of which it has its own values.
-        trainable: whether its tensors get gradients while it is active.
-        total_steps: optimizer steps of the run that trains it, once `begin` told them.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        method: Method,
-        model: nn.Module,
-        grafts: list[Graft],
-        heads: tuple[str, ...],
-    ) -> None:
-        self.name, self.method, self.model, self.grafts = name, method, model, grafts
-        self.head_names = heads
-        self.trainable = True
-        self.total_steps: int | None = None
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """What the model it is attached to is made of."""
-        return state_of(self.model).anatomy
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (absolute name, tensor), each once: what a file keeps, parameters and buffers."""
-        if self.method.trains_in_place:
-            yield from self.model.named_parameters()
-        seen: set[int] = set()
-        for graft in self.grafts:
-            for name, tensor in graft.tensors():
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield name, tensor
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields (absolute name, trained tensor), each once."""
-        for name, tensor in self.named_tensors():
-            if isinstance(tensor, nn.Parameter):
-                yield name, tensor
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the trained tensors."""
-        for _, tensor in self.named_parameters():
-            yield tensor
-
-    def state_dict(self, *, training: bool = False) -> dict[str, Tensor]:
-        """Returns every tensor by its absolute name, detached.
-
-        Args:
-            training: those too that only resumed training needs.
-        """
-        found = {name: tensor.detach() for name, tensor in self.named_tensors()}
-        return found | dict(self._training_tensors()) if training else found
-
-    def _training_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for graft in self.grafts:
-            yield from graft.training_tensors()
-
-    def load_state_dict(self, tensors: dict[str, Tensor], strict: bool = True) -> None:
-        """Copies tensors in, all or none; those for resumed training may be missing.
-
-        Raises:
-            FormatError: for missing, unexpected or misshaped tensors, listing them.
-        """
-        resumed = dict(self._training_tensors())
-        own = dict(self.named_tensors()) | resumed
-        wrong = [f"{k} is missing" for k in own if k not in tensors and k not in resumed]
-        wrong += [f"{k} is unexpected" for k in tensors if k not in own]
-        wrong = wrong if strict else []
-        wrong += [
-            f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
-            for k in own
-            if k in tensors and tensors[k].shape != own[k].shape
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise FormatError(f'Adapter "{self.name}": {"; ".join(wrong[:5])}{more}.')
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if name in own:
-                    own[name].copy_(tensor)
-
-    def count(self) -> int:
-        """Returns the number of trained parameters, its head's included."""
-        return sum(tensor.numel() for tensor in self.parameters())
-
-    def begin(self, total_steps: int) -> None:
-        """Tells how many optimizer steps a training loop of one's own will take.
-
-            adapter.begin(len(batches))
-            for step, batch in enumerate(batches, 1):
-                loss = model(**batch).loss + adapter.penalty()
-                loss.backward()
-                optimizer.step()
-                adapter.advance(step)
-                optimizer.zero_grad()
-            adapter.finish()
-
-        gt.Trainer does all of this, `gt.AdapterCallback` does it in another Trainer.
-
-        Raises:
-            SettingsError: the method's schedule doesn't fit so many steps.
-        """
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise SettingsError(
-                f'Adapter "{self.name}": begin takes the number of optimizer steps, at least 1, '
-                f"found {total_steps!r}."
-            )
-        self.method.check_steps(total_steps)
-        self.total_steps = total_steps
-
-    def penalty(self) -> Tensor | float:
-        """Returns what training adds to the loss: the method's penalty, a scalar, or 0.0."""
-        found = self.method.penalty(self)
-        return 0.0 if found is None else found
-
-    def advance(self, step: int) -> None:
-        """Moves the method's schedule on, after optimizer step `step` and before its zero_grad.
-
-        Raises:
-            TrainingError: `begin` was not called, or the step is not one of its steps.
-        """
-        if self.total_steps is None:
-            raise TrainingError(
-                f'Adapter "{self.name}": call adapter.begin(total_steps) before the first step, so '
-                f"that {self.method.name} knows its schedule."
-            )
-        if not 1 <= step <= self.total_steps:
-            raise TrainingError(
-                f'Adapter "{self.name}": step {step} is not one of the {self.total_steps} that '
-                "adapter.begin was told; begin again with the right total."
-            )
-        self.method.advance(self, step, self.total_steps)
-
-    def finish(self) -> None:
-        """Brings the adapter into its last form once training is over; its tensors may change.
-
-        Optimizers made before still hold the old ones, so go on training with a new one.
-        """
-        self.method.finish(self)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the adapter's directory, whole or not at all, and returns its path."""
-        return _formats().save(self, path)
-
-    def __repr__(self) -> str:
-        return f"Adapter({self.name!r}, {self.method.name}, {self.count():,} parameters)"
-
-
-class FileConfig:
-    """An adapter's settings as transformers asks for them when it saves."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the content of `adapter_config.json`."""
-        return _formats().file_config(self.adapter)
-
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Writes the files beside the tensors, `adapter_config.json` among them."""
-        _formats().write_config(self.adapter, folder)
-
-
-class Grafts:
-    """What is attached to one model, and which of it acts.
-
-    It also answers what transformers asks of a model with adapters, so that `save_pretrained` and
-    the stock Trainer write the active adapter alone.
-    """
-
-    def __init__(self, model: nn.Module, parts: Anatomy) -> None:
-        self.model = model
-        self.anatomy = parts
-        self.active = Active()
-        self.adapters: dict[str, Adapter] = {}
-        self.merged: Merged | None = None
-        self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.handles: list[Any] = []
-
-    def prepare(self, module: nn.Module, args: Any) -> None:
-        """Readies a forward pass. A forward pre-hook of the model."""
-        if not module.training:
-            return
-        if any(m.gradient_checkpointing for m in self.checkpointed):
-            carry_plan_through_checkpoints(self.model, self.active)
-        for name in self.active.current().names:
-            self._begin_training_pass(self.adapters[name])
-
-    def _begin_training_pass(self, adapter: Adapter) -> None:
-        for graft in adapter.grafts:
-            graft.delta.begin_forward()
-        if adapter.total_steps is None and torch.is_grad_enabled() and adapter.trainable:
-            _check_driven(adapter)
-
-    def active_adapters(self) -> list[str]:
-        """Returns the names of the active adapters. Asked by transformers."""
-        names = [n for n in members_of(self.active.current().composition) if n in self.adapters]
-        if not names:
-            raise AdapterError(
-                "No adapter is active, so there is none to save: activate one of "
-                f"{', '.join(self.adapters)}, or detach all to save the base."
-            )
-        return names
-
-    def get_adapter_state_dict(
-        self, adapter_name: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Returns the tensors that an adapter's file holds. Asked by transformers."""
-        return _formats().file_tensors(self.adapters[adapter_name or self.active_adapters()[0]])
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """What transformers asks to write the adapter's settings."""
-        return {name: FileConfig(adapter) for name, adapter in self.adapters.items()}
-
-    def tell_transformers(self) -> None:
-        """Sets on the model what transformers looks for, or takes it away."""
-        model = self.model.__dict__
-        living = [a for a in self.adapters.values() if not a.method.trains_in_place]
-        if self.merged is not None:
-            living = [a for a in living if a.name not in self.merged.names]
-        if living:
-            model["_hf_peft_config_loaded"] = True
-            model["peft_config"] = self.peft_config
-            model["active_adapters"] = self.active_adapters
-            model["get_adapter_state_dict"] = self.get_adapter_state_dict
-        else:
-            for name in ("_hf_peft_config_loaded", "peft_config", "active_adapters"):
-                model.pop(name, None)
-            model.pop("get_adapter_state_dict", None)
+__all__ = [
+    "Adapter",
+    "Planned",
+    "activate",
+    "adapters",
+    "attach",
+    "attach_planned",
+    "detach",
+    "head_names",
+    "plain_model",
+    "state_of",
+    "using",
+]
 
 
 def attach(
@@ -372,40 +134,10 @@ def attach_planned(
     state = state or _install(model, parts)
     adapter = Adapter(name, planned.method, model, planned.grafts, planned.heads)
     state.adapters[name] = adapter
-    insert(model, state.active, name, adapter.grafts, parts.read_by_parent)
-    _set_active(state, name)
+    insert(model, state.active, name, adapter.grafts, parts.read_by_parent, parts.positions)
+    set_active(state, name)
     state.tell_transformers()
     return adapter
-
-
-def activate(model: nn.Module, composition: Composition) -> None:
-    """Makes a composition the one that acts, until the next call; None is the base.
-
-    Raises:
-        AdapterError: for an unknown name, or one that can't act so.
-    """
-    state = state_of(model)
-    check_composition(state, composition)
-    _set_active(state, composition)
-
-
-@contextlib.contextmanager
-def using(model: nn.Module, composition: Composition) -> Iterator[None]:
-    """Lets a composition act inside the block, for the caller's thread or task alone.
-
-    Raises:
-        AdapterError: for an unknown name, or one that can't act so.
-    """
-    state = state_of(model)
-    check_composition(state, composition)
-    with state.active.pinned(Plan.of(composition)):
-        yield
-
-
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Returns the model's adapters by name; empty for a plain model."""
-    state = plain_model(model).__dict__.get(STATE)
-    return dict(state.adapters) if state is not None else {}
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -425,54 +157,6 @@ def detach(model: nn.Module, name: str) -> None:
     if not state.adapters:
         _uninstall(model, state)
     forget_compiled()
-
-
-def state_of(model: nn.Module) -> Grafts:
-    """Returns what is attached to a model.
-
-    Raises:
-        AdapterError: if nothing is.
-    """
-    state = plain_model(model).__dict__.get(STATE)
-    if state is None:
-        raise AdapterError(f"No adapter is attached to this {type(model).__name__}.")
-    return state
-
-
-def check_composition(state: Grafts, composition: Composition) -> None:
-    """Raises AdapterError if a composition can't act on the model now."""
-    names = members_of(composition)
-    check_names(composition, state.adapters)
-    for adapter in state.adapters.values():
-        if adapter.method.trains_in_place and names != (adapter.name,):
-            raise AdapterError(
-                f'Adapter "{adapter.name}" trains the base in place, so it can\'t be switched off: '
-                "attach FullFineTuning(keep_base=True) for one that can."
-            )
-    if isinstance(composition, Rows):
-        for name in names:
-            method = state.adapters[name].method
-            if not method.mixes_rows:
-                raise AdapterError(
-                    f'Adapter "{name}" is {method.name}, which changes whole weights and can\'t '
-                    "act on some rows of a batch only."
-                )
-            _check_rows(state, name)
-    if state.merged is not None:
-        for name in names:
-            if name in state.merged.names:
-                raise AdapterError(f'Adapter "{name}" is merged: unmerge before you switch it.')
-
-
-def _check_rows(state: Grafts, name: str) -> None:
-    """Raises AdapterError if a delta sits where all rows of a batch share one input."""
-    once = state.anatomy.once_for_all_rows
-    for graft in state.adapters[name].grafts:
-        if graft.place.module in once:
-            raise AdapterError(
-                f'Adapter "{name}" changes {graft.place.module}, which runs once for all rows of a '
-                "batch, so it can't act on some of them only."
-            )
 
 
 def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[str, ...]:
@@ -499,12 +183,6 @@ def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[st
     return tuple(dict.fromkeys(found))
 
 
-def plain_model(model: nn.Module) -> nn.Module:
-    """Returns the model inside torch.compile's wrapper, or the model."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def _head_grafts(
     model: nn.Module, heads: tuple[str, ...], taken: list[Graft], empty: bool
 ) -> list[Graft]:
@@ -514,28 +192,6 @@ def _head_grafts(
     ]
     names = [name for name in dict.fromkeys(names) if is_base(name) and name not in have]
     return [own_value(model, name, empty=empty, adds=False) for name in names]
-
-
-def _check_driven(adapter: Adapter) -> None:
-    """Raises TrainingError if nobody will call the penalty and the schedule that a method needs."""
-    if adapter.method.needs_steps(adapter):
-        raise TrainingError(
-            f'Adapter "{adapter.name}": {adapter.method.name} has a penalty or a schedule that '
-            "training must call: train it with gt.Trainer, pass callbacks=[gt.AdapterCallback()] "
-            "to another Trainer, or in a loop of your own call adapter.begin(total_steps) first, "
-            "add adapter.penalty() to the loss, and call adapter.advance(step) after each "
-            "optimizer.step() and adapter.finish() at the end."
-        )
-
-
-def _set_active(state: Grafts, composition: Composition) -> None:
-    touched = [*members_of(state.active.plan.composition), *members_of(composition)]
-    state.active.set(composition)
-    acting = members_of(composition)
-    for adapter in [state.adapters[name] for name in touched if name in state.adapters]:
-        on = adapter.trainable and adapter.name in acting
-        for tensor in adapter.parameters():
-            tensor.requires_grad_(on)
 
 
 def _check_name(name: str) -> None:
@@ -605,8 +261,3 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def _formats() -> Any:
-    # formats/ builds on this module; an adapter's own `save` is the one look back.
-    return importlib.import_module("graftune.formats")

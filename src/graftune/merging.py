@@ -9,14 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from graftune.adapter import (
-    Adapter,
-    Grafts,
-    check_composition,
-    plain_model,
-    state_of,
-)
-from graftune.composition import Composition, Rows, members_of
+from graftune.activating import check_composition
+from graftune.attached import Adapter, Grafts, plain_model, state_of
+from graftune.composition import Composition, Stack, members_of
 from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.base import (
@@ -26,6 +21,7 @@ from graftune.sites.base import (
     LinearDelta,
     LinearPlace,
     ParameterDelta,
+    SublayerDelta,
 )
 from graftune.sites.placing import forget_compiled, insert, remove, tensor_names
 
@@ -86,7 +82,10 @@ def unmerge(model: nn.Module) -> None:
         adapter = state.adapters[adapter_name]
         for graft in adapter.grafts:
             graft.delta.to(next(model.get_submodule(graft.place.module).parameters()).device)
-        insert(model, state.active, adapter_name, adapter.grafts, state.anatomy.read_by_parent)
+        parts = state.anatomy
+        insert(
+            model, state.active, adapter_name, adapter.grafts, parts.read_by_parent, parts.positions
+        )
     state.merged = None
     state.active.set(record.before)
     state.tell_transformers()
@@ -97,8 +96,11 @@ def _check(state: Grafts, adapters: Composition) -> None:
         raise AdapterError(
             f"{' and '.join(state.merged.names)} is merged already: unmerge before you merge again."
         )
-    if isinstance(adapters, Rows) or not members_of(adapters):
-        raise AdapterError(f"merge takes an adapter's name or a Stack, found {adapters!r}.")
+    names = adapters.members if isinstance(adapters, Stack) else (adapters,)
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterError(
+            f"merge takes an adapter's name or a Stack of names, found {adapters!r}."
+        )
     check_composition(state, adapters)
     for name in members_of(adapters):
         if state.adapters[name].method.trains_in_place:
@@ -117,6 +119,11 @@ def _changed_tensors(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[st
             if not graft.delta.follows:
                 key = (graft.place.module, graft.place.parameter)
                 steps.setdefault(key, []).append((adapter, graft))
+            if isinstance(graft.delta, SublayerDelta):
+                raise AdapterError(
+                    f'Adapter "{adapter.name}" can\'t be merged: {adapter.method.name} is not '
+                    "linear, so no weight does what it does."
+                )
     with torch.no_grad():
         # As the host runs: its own tensors first, biases before what scales its output.
         for key in sorted(steps, key=lambda key: key[1] != "bias"):

@@ -30,9 +30,15 @@ METHODS: dict[str, Method] = {
     "norms": gt.LayerNormTuning(),
     "diffpruning": gt.DiffPruning(keep=0.05),
     "fishmask": gt.FishMask(keep=0.05),
+    "houlsby": gt.HoulsbyAdapter(bottleneck=4, init="zero-up"),
+    "pfeiffer": gt.PfeifferAdapter(reduction=8, init="zero-up"),
+    "parallel": gt.ParallelAdapter(sublayers=("attention", "cross-attention", "ffn")),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
+
+NOT_LINEAR = ("houlsby", "pfeiffer", "parallel")
+"""Methods that can't be merged: no weight does what they do."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
@@ -44,6 +50,7 @@ REFUSALS: dict[tuple[str, str, str], str] = {
     },
     ("rows", "bitfit", "deberta-v2"): "runs once for all rows",
     ("rows", "norms", "deberta-v2"): "runs once for all rows",
+    ("rows", "houlsby", "deberta-v2"): "runs once for all rows",
     **{
         ("rows", "selective", family): "runs once for all rows"
         for family in ("deberta-v2", "t5", "mt5", "swin")

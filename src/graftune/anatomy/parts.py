@@ -123,6 +123,11 @@ class Anatomy:
         """All blocks of all stacks, in the order of `Block.index`."""
         return tuple(block for stack in self.stacks for block in stack.blocks)
 
+    @property
+    def positions(self) -> dict[str, int]:
+        """Positions of the blocks in their own stacks, by path."""
+        return {block.path: block.position for block in self.blocks}
+
     def __str__(self) -> str:
         from graftune.anatomy.printing import render
 

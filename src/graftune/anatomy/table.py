@@ -124,3 +124,7 @@ OF_POSITIONS = re.compile(
     r"relative_(attention|position)_bias|pos_(key|query)_proj|wpe|(\w*_)?pos(itions?)?(_emb\w*)?"
 )
 """Names of modules, in any type, that see positions and not rows (T5, Swin, DeBERTa; tables)."""
+
+WINDOWED = frozenset({"donut-swin", "maskformer-swin", "swin", "swinv2"})
+"""Types whose attention sees windows of the image, so that what its answer is added to has another
+shape."""

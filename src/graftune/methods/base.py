@@ -106,6 +106,11 @@ class Method:
         self.check()
 
     @property
+    def fuses(self) -> tuple[Any, ...]:
+        """Attached adapters (names, or Stacks of them) that it attends to; they act with it."""
+        return ()
+
+    @property
     def trains_in_place(self) -> bool:
         """Whether it trains the base's own tensors (then it can't be deactivated)."""
         return False

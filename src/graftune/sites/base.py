@@ -6,23 +6,26 @@
         ├── output: LinearSite           y -> y + delta(x, y)
         │   ├── intents: LoRADelta       one per adapter
         │   └── spam: LoRADelta
-        └── parameters: ParameterSite    theta -> value(theta) while the host runs
-            └── intents: bias: OwnValue
+        ├── parameters: ParameterSite    theta -> value(theta) while the host runs
+        │   └── intents: bias: OwnValue
+        └── sublayer: SublayerSite       h -> delta(h, x), h on its way to the residual sum
 
 Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graftune.composition import Fused, Step, Steps, names_in
 from graftune.errors import AdapterError
 from graftune.sites import hosts
+from graftune.sites.plan import ALWAYS
 from graftune.sites.state import Active
 
 
@@ -106,6 +109,54 @@ class ParameterDelta(Delta):
         return self(weight, weight)
 
 
+class Seen(NamedTuple):
+    """What a sublayer's delta may read beside h; None is what it didn't ask for."""
+
+    input: Tensor | None = None
+    """What the sublayer saw, `(..., width)`: after the norm, in pre-norm blocks."""
+    residual: Tensor | None = None
+    """What h is added to."""
+    norm: nn.Module | None = None
+    """The norm of their sum, in post-norm blocks."""
+
+    def rows(self, at: Tensor) -> Seen:
+        """Returns some rows of it."""
+        read, added = (
+            t if t is None else t.index_select(0, at) for t in (self.input, self.residual)
+        )
+        return Seen(read, added, self.norm)
+
+
+class Bottleneck(NamedTuple):
+    """What a fusion needs of a bottleneck adapter: what it read, made of it, and adds that to."""
+
+    read: Tensor
+    change: Tensor
+    skip: Tensor | None
+    """None for nothing: a parallel adapter's change is added to h itself."""
+
+
+class SublayerDelta(Delta):
+    """A delta of what a sublayer answers, on its way to the residual sum."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Which of `Seen`'s fields it reads."""
+        return frozenset()
+
+    def forward(self, h: Tensor, seen: Seen) -> Tensor:
+        """Returns the new answer, `(..., width)`; it acts on the last dimension alone."""
+        raise NotImplementedError
+
+    def bottleneck(self, h: Tensor, seen: Seen) -> Bottleneck:
+        """Returns what a fusion attends to.
+
+        Raises:
+            AdapterError: it has no bottleneck.
+        """
+        raise AdapterError(f"A {type(self).__name__} can't be fused: it has no bottleneck.")
+
+
 @dataclass(frozen=True)
 class LinearPlace:
     """The output of a host, or those of its features in `rows`; or its input."""
@@ -154,7 +205,31 @@ class ParameterPlace:
         return hosts.features(host)[1] if tensor is None else tensor.numel()
 
 
-Place = LinearPlace | ParameterPlace
+@dataclass(frozen=True)
+class SublayerPlace:
+    """A sublayer of a block: where it is read, and where its answer is changed."""
+
+    module: str
+    """Whose output is changed."""
+    name: str
+    """Path of the block and the kind of sublayer in it: `encoder.layer.0.ffn`."""
+    input: str
+    residual: str | None = None
+    norm: str | None = None
+    """See `graftune.anatomy.ports.Ports`."""
+    parameter: str = ""
+
+    @property
+    def key(self) -> str:
+        """What the names of the tensors at this place begin with."""
+        return f"{self.name}.adapter"
+
+    def size(self, host: nn.Module) -> int:
+        """Returns 0: it changes no entry of the base."""
+        return 0
+
+
+Place = LinearPlace | ParameterPlace | SublayerPlace
 
 
 @dataclass(eq=False)
@@ -225,9 +300,11 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 class Site(nn.Module):
     """A place's deltas by adapter, and the hooks that let them act."""
 
-    def __init__(self, active: Active) -> None:
+    def __init__(self, active: Active, layer: int = ALWAYS) -> None:
         super().__init__()
         self.active = active
+        self.layer = layer
+        """Position of its block in the stack; ALWAYS outside blocks."""
         self.handles: list[Any] = []
 
     def hook(self, host: nn.Module) -> None:
@@ -240,10 +317,38 @@ class Site(nn.Module):
             handle.remove()
         self.handles = []
 
-    def mixed_rows(
-        self, batch: int, device: torch.device
-    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """Yields (adapters, rows) of the plan in force for a batch."""
+    def holds(self, steps: Steps) -> bool:
+        """Whether an adapter that takes part in some steps has something here."""
+        return any(name in self._modules for name in names_in(steps))
+
+    def mixed_rows(self, batch: int, device: torch.device) -> Iterator[tuple[Steps, Tensor]]:
+        """Yields (steps, rows) of the plan in force for a batch."""
         plan = self.active.current()
-        for group, (names, _) in enumerate(plan.groups or ()):
-            yield names, plan.indices(group, batch, device)
+        for group, (steps, _) in enumerate(plan.groups or ()):
+            yield steps, plan.indices(group, batch, device)
+
+
+def branched(
+    step: Step,
+    value: Tensor,
+    run: Callable[[Steps, Tensor], Tensor],
+    holds: Callable[[Steps], bool],
+) -> Tensor:
+    """Returns what an Average makes of a value; of a Fuse, the fusion's own part.
+
+    Args:
+        step: the composition.
+        value: what its members start from.
+        run: applies steps to a value.
+        holds: whether steps change anything here.
+    """
+    if isinstance(step, Fused):
+        return run((step.name,), value)
+    assert not isinstance(step, str)
+    changed = [(weight, run(steps, value)) for weight, steps in step.branches if holds(steps)]
+    if not changed:
+        return value
+    rest = 1.0 - sum(weight for weight, _ in changed)
+    total = sum(weight * made for weight, made in changed)
+    assert isinstance(total, Tensor)
+    return total if abs(rest) < 1e-9 else total + rest * value

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftune.sites.base import Site
+from graftune.composition import Steps
+from graftune.sites.base import Site, branched
+from graftune.sites.hosts import row_index
+from graftune.sites.plan import ALWAYS
 from graftune.sites.state import Active
 
 
@@ -20,6 +23,7 @@ class LinearSite(Site):
     Args:
         active: the model's shared state.
         rows: half-open ranges of output features that the deltas see; None for all.
+        layer: see `Site`.
     """
 
     index: Tensor | None
@@ -27,12 +31,14 @@ class LinearSite(Site):
     """Those whose deltas this one runs, itself the first; none where another does."""
 
     def __init__(
-        self, active: Active, rows: tuple[tuple[int, int], ...] | None, device: torch.device
+        self,
+        active: Active,
+        rows: tuple[tuple[int, int], ...] | None,
+        device: torch.device,
+        layer: int = ALWAYS,
     ) -> None:
-        super().__init__(active)
-        index = None
-        if rows is not None:
-            index = torch.cat([torch.arange(a, b, device=device) for a, b in rows])
+        super().__init__(active, layer)
+        index = None if rows is None else row_index(rows, device)
         self.register_buffer("index", index, persistent=False)
         self.sites = (self,)
 
@@ -50,19 +56,24 @@ class LinearSite(Site):
         """Returns the host's output with the active deltas in it. The forward hook."""
         active, sites = self.active, self.sites
         plan = active.current() if active.overridden else active.plan
+        if plan.drop > self.layer:
+            return y
         if plan.groups is None:
-            return self._changed(plan.names, args[0], y, host)
-        for names, at in self.mixed_rows(y.shape[0], y.device):
-            if any(name in site._modules for site in sites for name in names):
+            return self._changed(plan.steps, args[0], y, host)
+        for steps, at in self.mixed_rows(y.shape[0], y.device):
+            if any(site.holds(steps) for site in sites):
                 x, some = args[0].index_select(0, at), y.index_select(0, at)
-                y = y.index_copy(0, at, self._changed(names, x, some, host))
+                y = y.index_copy(0, at, self._changed(steps, x, some, host))
         return y
 
-    def _changed(self, names: tuple[str, ...], x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+    def _changed(self, steps: Steps, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         sites = self.sites
-        for name in names:
+        for step in steps:
+            if type(step) is not str:
+                y = branched(step, y, lambda s, v: self._changed(s, x, v, host), self._hold)
+                continue
             for site in sites:
-                delta: Any = site._modules.get(name)
+                delta: Any = site._modules.get(step)
                 if delta is None:
                     continue
                 index = site._buffers["index"]  # not by attribute: a hot path
@@ -72,6 +83,9 @@ class LinearSite(Site):
                     part = delta.forward(x, y.index_select(-1, index), host)
                     y = y.index_copy(-1, index, part)
         return y
+
+    def _hold(self, steps: Steps) -> bool:
+        return any(site.holds(steps) for site in self.sites)
 
 
 def _output_sites(host: nn.Module) -> list[LinearSite]:
@@ -96,16 +110,21 @@ class InputSite(Site):
         """Returns the host's arguments with its input as the active deltas leave it."""
         active, x = self.active, args[0]
         plan = active.current() if active.overridden else active.plan
+        if plan.drop > self.layer:
+            return args
         if plan.groups is None:
-            return (self._changed(plan.names, x, host), *args[1:])
-        for names, at in self.mixed_rows(x.shape[0], x.device):
-            if any(name in self._modules for name in names):
-                x = x.index_copy(0, at, self._changed(names, x.index_select(0, at), host))
+            return (self._changed(plan.steps, x, host), *args[1:])
+        for steps, at in self.mixed_rows(x.shape[0], x.device):
+            if self.holds(steps):
+                x = x.index_copy(0, at, self._changed(steps, x.index_select(0, at), host))
         return (x, *args[1:])
 
-    def _changed(self, names: tuple[str, ...], x: Tensor, host: nn.Module) -> Tensor:
-        for name in names:
-            delta: Any = self._modules.get(name)
+    def _changed(self, steps: Steps, x: Tensor, host: nn.Module) -> Tensor:
+        for step in steps:
+            if type(step) is not str:
+                x = branched(step, x, lambda s, v: self._changed(s, v, host), self.holds)
+                continue
+            delta: Any = self._modules.get(step)
             if delta is not None:
                 x = delta.forward(x, host)
         return x

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftune.composition import Fused, Mean, Steps
 from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.base import Delta, Graft, ParameterDelta, ParameterPlace, Site, is_base
-from graftune.sites.state import Active, Plan
+from graftune.sites.plan import ALWAYS, Plan
+from graftune.sites.state import Active
 
 
 class OwnValue(ParameterDelta):
@@ -75,10 +77,11 @@ class ParameterSite(Site):
     Args:
         active: the model's shared state.
         owner: the host, where another module reads its tensors and the hooks go there.
+        layer: see `Site`.
     """
 
-    def __init__(self, active: Active, owner: nn.Module | None = None) -> None:
-        super().__init__(active)
+    def __init__(self, active: Active, owner: nn.Module | None = None, layer: int = ALWAYS) -> None:
+        super().__init__(active, layer)
         self.owner = (owner,)
         self.tensors: tuple[str, ...] = ()
 
@@ -115,15 +118,24 @@ class ParameterSite(Site):
             active.turn.take()
         self.clear(owner)  # torch runs no hook after Ctrl-C, so a forward may have left its own
         plan = active.current() if active.overridden else active.plan
-        if plan.groups is None:
-            for name, value in self.values(plan.names, owner).items():
+        if plan.groups is None and plan.drop <= self.layer:
+            for name, value in self.values(plan.steps, owner, {}).items():
                 owner.__dict__[name] = value
 
-    def values(self, names: tuple[str, ...], host: nn.Module) -> dict[str, Tensor]:
-        """Returns the tensors that the named adapters make of the host's, by name."""
-        values: dict[str, Tensor] = {}
-        for adapter in names:
-            deltas = self._modules.get(adapter)
+    def values(self, steps: Steps, host: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors that some steps make of the host's, by name.
+
+        Args:
+            steps: what acts.
+            host: whose tensors they are.
+            values: what steps before these made of them.
+        """
+        values = dict(values)
+        for step in steps:
+            if isinstance(step, Mean):
+                values = self._mean(step, host, values)
+                continue
+            deltas = self._modules.get(step.name if isinstance(step, Fused) else step)
             for name, delta in deltas._modules.items() if deltas is not None else ():
                 base = host._parameters.get(name)
                 assert isinstance(delta, ParameterDelta)
@@ -131,13 +143,34 @@ class ParameterSite(Site):
                 values[name] = value if base is not None else _as_computed(value, host)
         return values
 
+    def _mean(self, mean: Mean, host: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors as an Average makes them: the mean of each one's values."""
+        made = [(w, self.values(s, host, values)) for w, s in mean.branches if self.holds(s)]
+        found = dict(values)
+        for name in dict.fromkeys(name for _, tensors in made for name in tensors):
+            now = values.get(name, host._parameters.get(name))
+            mine = [(weight, tensors.get(name, now)) for weight, tensors in made]
+            shapes = {tuple(t.shape) for _, t in mine if t is not None}
+            if len(shapes) > 1:
+                raise AdapterError(
+                    f"Average can't mix tensors of different sizes: {name} of a "
+                    f"{type(host).__name__} is {' and '.join(map(str, sorted(shapes)))}."
+                )
+            rest = 1.0 - sum(weight for weight, _ in mine)
+            terms = [w * t for w, t in mine if t is not None]
+            if now is not None and now.shape == terms[0].shape and abs(rest) > 1e-9:
+                terms.append(rest * now)
+            found[name] = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+        return found
+
     def after(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Takes the tensors away, or answers for each group of rows. The forward hook."""
         self.clear(self.owner[0] or host)
         if not torch.compiler.is_compiling() and self.active.turn.held:
             self.active.turn.drop(self.active.turn.held - 1)
         plan = self.active.current()
-        if plan.groups is None or not any(name in self._modules for name in plan.names):
+        idle = plan.groups is None or plan.drop > self.layer
+        if idle or not any(name in self._modules for name in plan.names):
             return None
         if not isinstance(output, Tensor):
             raise AdapterError(
@@ -152,9 +185,9 @@ class ParameterSite(Site):
     ) -> Tensor:
         batch = output.shape[0]
         parts: list[tuple[Tensor, Tensor]] = []
-        for names, at in self.mixed_rows(batch, output.device):
-            if any(name in self._modules for name in names):
-                with self.active.pinned(Plan.of_names(names)):
+        for steps, at in self.mixed_rows(batch, output.device):
+            if self.holds(steps):
+                with self.active.pinned(plan.inner(steps)):
                     parts.append((at, host(*_rows(args, at, batch), **_rows(kwargs, at, batch))))
         return _put(output, parts)
 

@@ -7,10 +7,21 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
-from graftune.sites.base import Delta, Deltas, Graft, LinearPlace, Site, base_modules
+from graftune.sites.base import (
+    Delta,
+    Deltas,
+    Graft,
+    LinearPlace,
+    Site,
+    SublayerDelta,
+    SublayerPlace,
+    base_modules,
+)
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
+from graftune.sites.plan import ALWAYS
 from graftune.sites.state import Active
+from graftune.sites.sublayer import SublayerSite
 
 
 def insert(
@@ -19,6 +30,7 @@ def insert(
     name: str,
     grafts: Iterable[Graft],
     read_by_parent: Collection[str] = (),
+    layers: Mapping[str, int] | None = None,
 ) -> None:
     """Hangs an adapter's deltas below their hosts, and hooks on those that have none yet.
 
@@ -28,13 +40,24 @@ def insert(
         name: the adapter's.
         grafts: its deltas and their places.
         read_by_parent: modules that never run, whose tensors their parent reads.
+        layers: positions of blocks in their stacks, by path.
     """
     aliases = tensor_names(model)
     for graft in grafts:
         place, host = graft.place, model.get_submodule(graft.place.module)
+        layer = _layer(place.module, layers or {})
         graft.delta.train(host.training)
+        if isinstance(place, SublayerPlace):
+            site = _site(host, "sublayer", lambda n=layer: SublayerSite(active, n))
+            assert isinstance(site, SublayerSite)
+            assert isinstance(graft.delta, SublayerDelta)
+            site.read(model, place, graft.delta.reads)
+            site._modules[name] = graft.delta
+            continue
         if isinstance(place, LinearPlace):
-            site = _site(host, place.site, lambda h=host, p=place: _linear_site(active, h, p))
+            site = _site(
+                host, place.site, lambda h=host, p=place, n=layer: _linear_site(active, h, p, n)
+            )
             site._modules[name] = graft.delta
             continue
         tensor = host._parameters.get(place.parameter)
@@ -44,7 +67,9 @@ def insert(
             unread = alias[0] in read_by_parent
             reader = model.get_submodule(alias[0].rpartition(".")[0]) if unread else None
             owner = twin if unread else None
-            site = _site(twin, "parameters", lambda o=owner: ParameterSite(active, o), reader)
+            site = _site(
+                twin, "parameters", lambda o=owner, n=layer: ParameterSite(active, o, n), reader
+            )
             assert isinstance(site, ParameterSite)
             site.put(name, alias[1], graft.delta)
     forget_compiled()
@@ -96,10 +121,19 @@ def forget_compiled() -> None:
         dynamo.reset()
 
 
-def _linear_site(active: Active, host: nn.Module, place: LinearPlace) -> Site:
+def _layer(path: str, layers: Mapping[str, int]) -> int:
+    """Returns the position of the block that a module lies in."""
+    while path:
+        if path in layers:
+            return layers[path]
+        path = path.rpartition(".")[0]
+    return ALWAYS
+
+
+def _linear_site(active: Active, host: nn.Module, place: LinearPlace, layer: int) -> Site:
     if place.side == "input":
-        return InputSite(active)
-    return LinearSite(active, place.rows, next(host.parameters()).device)
+        return InputSite(active, layer)
+    return LinearSite(active, place.rows, next(host.parameters()).device, layer)
 
 
 def _site(
@@ -114,5 +148,8 @@ def _site(
         site = make()
         deltas._modules[key] = site
         site.hook(host if reader is None else reader)
+        last = deltas._modules.get("sublayer")
+        if isinstance(last, SublayerSite):
+            last.move_last(host)
     assert isinstance(site, Site)
     return site

@@ -6,65 +6,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graftune.composition import Composition, Rows, members_of
-from graftune.errors import AdapterError
-
-
-@dataclass(eq=False)
-class Plan:
-    """A composition made ready for the sites.
-
-    Either `names` act on every row, or `groups` says which names act on which of `size` rows.
-    """
-
-    composition: Composition
-    names: tuple[str, ...]
-    groups: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] | None = None
-    size: int = 1
-    _indices: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, composition: Composition) -> Plan:
-        """Returns the plan of a composition."""
-        if not isinstance(composition, Rows):
-            return cls(composition, members_of(composition))
-        rows: dict[tuple[str, ...], list[int]] = {}
-        for row, member in enumerate(composition.members):
-            rows.setdefault(members_of(member), []).append(row)
-        if len(rows) == 1:
-            return cls(composition, next(iter(rows)), None, len(composition.members))
-        groups = tuple((names, tuple(at)) for names, at in rows.items())
-        return cls(composition, composition.names, groups, len(composition.members))
-
-    @classmethod
-    def of_names(cls, names: tuple[str, ...]) -> Plan:
-        """Returns the plan in which these adapters act on every row."""
-        return cls(names[0] if len(names) == 1 else None, names)
-
-    def indices(self, group: int, batch: int, device: torch.device) -> Tensor:
-        """Returns the rows, `(n,)` int64, of a batch of k * size rows that belong to a group.
-
-        Raises:
-            AdapterError: if the batch isn't a multiple of the rows named.
-        """
-        if batch % self.size:
-            raise AdapterError(
-                f"Rows names {self.size} rows, but a module saw a batch of {batch}: give one "
-                "member per row of the batch."
-            )
-        key = (group, batch, device)
-        if key not in self._indices:
-            k = batch // self.size
-            assert self.groups is not None
-            at = torch.tensor(self.groups[group][1], device=device)
-            self._indices[key] = (at[:, None] * k + torch.arange(k, device=device)).flatten()
-        return self._indices[key]
+from graftune.composition import AdapterDrop, Composition
+from graftune.sites.plan import Plan
 
 
 @dataclass(eq=False)
@@ -120,17 +69,29 @@ class Active:
         self.turn = Turn()
         self._counting = threading.Lock()
 
-    def set(self, composition: Composition) -> None:
+    def set(self, composition: Composition, drop: int | AdapterDrop | None = None) -> None:
         """Makes a composition the one in force for every thread."""
-        self.plan = Plan.of(composition)
+        self.plan = Plan.of(composition, drop)
 
     def current(self) -> Plan:
         """Returns the plan in force for the caller."""
-        if self.overridden:
-            for pin in reversed(_pins.get()):
-                if pin.active is self and pin.is_live:
-                    return pin.plan
-        return self.plan
+        pin = self._pin() if self.overridden else None
+        return self.plan if pin is None else pin.plan
+
+    def draw(self, training: bool) -> None:
+        """Draws how many blocks the next pass drops.
+
+        A new plan says so, since what is checkpointed keeps the one that its forward saw.
+        """
+        pin = self._pin() if self.overridden else None
+        if pin is None:
+            self.plan = self.plan.drawn(training)
+        else:
+            pin.plan = pin.plan.drawn(training)
+
+    def _pin(self) -> Pin | None:
+        pins = (pin for pin in reversed(_pins.get()) if pin.active is self and pin.is_live)
+        return next(pins, None)
 
     @contextlib.contextmanager
     def pinned(self, plan: Plan) -> Iterator[None]:

@@ -1,0 +1,170 @@
+"""Which adapters act: switching them, for good or for a while, and what can't act together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from graftune.attached import Grafts, state_of
+from graftune.composition import (
+    AdapterDrop,
+    Average,
+    Composition,
+    Fuse,
+    Rows,
+    check_names,
+    copies_of,
+    members_of,
+    trained_in,
+)
+from graftune.errors import AdapterError
+from graftune.sites.plan import Plan
+
+
+def activate(
+    model: nn.Module, composition: Composition, *, drop: int | AdapterDrop | None = None
+) -> None:
+    """Makes a composition the one that acts, until the next call; None is the base.
+
+    Args:
+        model: what the adapters are attached to.
+        composition: a name, None, Stack, Average, Fuse, Parallel or Rows.
+        drop: the number of lowest blocks in which nothing acts, or a schedule for training.
+
+    Raises:
+        AdapterError: for an unknown name, one that can't act so, or a drop beyond the depth.
+    """
+    state = state_of(model)
+    composition = check_composition(state, composition, drop)
+    set_active(state, composition, drop)
+
+
+@contextlib.contextmanager
+def using(
+    model: nn.Module, composition: Composition, *, drop: int | AdapterDrop | None = None
+) -> Iterator[None]:
+    """Lets a composition act inside the block, for the caller's thread or task alone.
+
+    Args:
+        model: what the adapters are attached to.
+        composition: as for `activate`.
+        drop: as for `activate`.
+
+    Raises:
+        AdapterError: for an unknown name, one that can't act so, or a drop beyond the depth.
+    """
+    state = state_of(model)
+    composition = check_composition(state, composition, drop)
+    with state.active.pinned(Plan.of(composition, drop)):
+        yield
+
+
+def check_composition(
+    state: Grafts, composition: Composition, drop: int | AdapterDrop | None = None
+) -> Composition:
+    """Returns a composition with its fusions named.
+
+    Raises:
+        AdapterError: it can't act on the model now.
+    """
+    check_names(composition, state.adapters)
+    composition = _with_fusions(state, composition)
+    names = members_of(composition)
+    _check_drop(state, drop)
+    for adapter in state.adapters.values():
+        if adapter.method.trains_in_place and names != (adapter.name,):
+            raise AdapterError(
+                f'Adapter "{adapter.name}" trains the base in place, so it can\'t be switched off: '
+                "attach FullFineTuning(keep_base=True) for one that can."
+            )
+    if isinstance(composition, Rows) or copies_of(composition):
+        for name in names:
+            _check_rows(state, name)
+    if state.merged is not None:
+        for name in names:
+            if name in state.merged.names:
+                raise AdapterError(f'Adapter "{name}" is merged: unmerge before you switch it.')
+    return composition
+
+
+def _with_fusions(state: Grafts, composition: Composition) -> Composition:
+    """Returns a composition in which every Fuse, and every fusion named alone, says both."""
+    if isinstance(composition, str):
+        fused = state.adapters[composition].method.fuses
+        if not fused:
+            return composition
+        composition = Fuse(*fused, name=composition)
+    if isinstance(composition, Fuse):
+        return _named_fusion(state, composition)
+    if composition is None:
+        return None
+    members = [_with_fusions(state, member) for member in composition.members]
+    if isinstance(composition, Average):
+        return Average(*members, weights=composition.weights)
+    return Rows(members) if isinstance(composition, Rows) else type(composition)(*members)
+
+
+def _named_fusion(state: Grafts, fuse: Fuse) -> Fuse:
+    """Returns a Fuse with the name of the attached fusion of its members."""
+    for name in members_of(fuse):
+        if name not in state.adapters:
+            raise AdapterError(
+                f'The fusion "{fuse.name}" needs adapter "{name}", which is not attached.'
+            )
+    fits = [n for n, a in state.adapters.items() if a.method.fuses == fuse.members]
+    if fuse.name is None and len(fits) == 1:
+        return Fuse(*fuse.members, name=fits[0])
+    if fuse.name in fits:
+        return fuse
+    listed = ", ".join(map(repr, fuse.members))
+    if fuse.name is not None:
+        raise AdapterError(f'"{fuse.name}" is not a fusion of {listed}, in this order.')
+    if fits:
+        raise AdapterError(f"Several fusions of {listed} are attached: name one of {fits}.")
+    raise AdapterError(
+        f"No fusion of {listed} is attached: first "
+        f"gt.attach(model, gt.AdapterFusion(members=({listed})), name=...)."
+    )
+
+
+def _check_drop(state: Grafts, drop: int | AdapterDrop | None) -> None:
+    schedule = AdapterDrop.of(drop)
+    depth = max((len(stack.blocks) for stack in state.anatomy.stacks), default=0)
+    most = max(schedule.high, schedule.rest)
+    if most > depth:
+        raise AdapterError(
+            f"drop leaves out the lowest {most} blocks, but this model's stacks have {depth} at "
+            "most."
+        )
+
+
+def _check_rows(state: Grafts, name: str) -> None:
+    """Raises AdapterError if an adapter can't act on some rows of a batch only."""
+    method = state.adapters[name].method
+    if not method.mixes_rows:
+        raise AdapterError(
+            f'Adapter "{name}" is {method.name}, which changes whole weights and can\'t act on '
+            "some rows of a batch only."
+        )
+    once = state.anatomy.once_for_all_rows
+    for graft in state.adapters[name].grafts:
+        if graft.place.module in once:
+            raise AdapterError(
+                f'Adapter "{name}" changes {graft.place.module}, which runs once for all rows of a '
+                "batch, so it can't act on some of them only."
+            )
+
+
+def set_active(
+    state: Grafts, composition: Composition, drop: int | AdapterDrop | None = None
+) -> None:
+    """Makes a checked composition the one that acts, and lets what it trains have gradients."""
+    touched = [*members_of(state.active.plan.composition), *members_of(composition)]
+    state.active.set(composition, drop)
+    trained = trained_in(composition)
+    for adapter in [state.adapters[name] for name in touched if name in state.adapters]:
+        on = adapter.trainable and adapter.name in trained
+        for tensor in adapter.parameters():
+            tensor.requires_grad_(on)

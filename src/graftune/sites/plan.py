@@ -1,0 +1,100 @@
+"""A composition made ready for the sites: what acts on which rows, and in which blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graftune.composition import (
+    AdapterDrop,
+    Composition,
+    Rows,
+    Steps,
+    copies_of,
+    members_of,
+    names_in,
+    steps_of,
+)
+from graftune.errors import AdapterError
+
+ALWAYS = 1 << 30
+"""Layer of a site that no drop reaches."""
+
+
+@dataclass(eq=False)
+class Plan:
+    """A composition made ready for the sites.
+
+    Either `steps` act on every row, or `groups` says which steps act on which of `size` rows.
+    """
+
+    composition: Composition
+    names: tuple[str, ...]
+    """Every adapter that takes part."""
+    steps: Steps
+    groups: tuple[tuple[Steps, tuple[int, ...]], ...] | None = None
+    size: int = 1
+    copies: int = 1
+    """How often each row of the batch is computed."""
+    drop: int = 0
+    """Blocks of each stack, from the lowest, in which nothing acts."""
+    schedule: AdapterDrop = field(default_factory=AdapterDrop)
+    is_inner: bool = False
+    """Whether a host is run again for some rows, so that what comes after it must wait."""
+    _indices: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, composition: Composition, drop: int | AdapterDrop | None = None) -> Plan:
+        """Returns the plan of a composition."""
+        schedule, copies = AdapterDrop.of(drop), copies_of(composition)
+        members = composition.members if isinstance(composition, Rows) else copies
+        rows: dict[Steps, list[int]] = {}
+        for row, member in enumerate(members):
+            rows.setdefault(steps_of(member), []).append(row)
+        alike = next(iter(rows)) if len(rows) == 1 else ()
+        plan = cls(
+            composition,
+            members_of(composition),
+            steps=alike if members else steps_of(composition),
+            size=len(members) or 1,
+            copies=len(copies) or 1,
+            drop=schedule.rest,
+            schedule=schedule,
+        )
+        if len(rows) > 1:
+            plan.groups = tuple((steps, tuple(at)) for steps, at in rows.items())
+        return plan
+
+    def inner(self, steps: Steps) -> Plan:
+        """Returns the plan in which some steps act on every row that a host is given again."""
+        return Plan(None, tuple(names_in(steps)), steps, drop=self.drop, is_inner=True)
+
+    def drawn(self, training: bool) -> Plan:
+        """Returns the plan of the next pass: with a number of dropped blocks drawn, in training."""
+        low, high = self.schedule.low, self.schedule.high
+        drop = self.schedule.rest
+        if training:
+            drop = low if low == high else int(torch.randint(low, high + 1, (), device="cpu"))
+        return self if drop == self.drop else dataclasses.replace(self, drop=drop)
+
+    def indices(self, group: int, batch: int, device: torch.device) -> Tensor:
+        """Returns the rows, `(n,)` int64, of a batch of k * size rows that belong to a group.
+
+        Raises:
+            AdapterError: if the batch isn't a multiple of the rows named.
+        """
+        if batch % self.size:
+            raise AdapterError(
+                f"Rows names {self.size} rows, but a module saw a batch of {batch}: give one "
+                "member per row of the batch."
+            )
+        key = (group, batch, device)
+        if key not in self._indices:
+            k = batch // self.size
+            assert self.groups is not None
+            at = torch.tensor(self.groups[group][1], device=device)
+            self._indices[key] = (at[:, None] * k + torch.arange(k, device=device)).flatten()
+        return self._indices[key]
