@@ -126,9 +126,14 @@ def _dropout(modules: Mapping[str, nn.Module], block: Block, span: Span, last: s
 def _residual(
     modules: Mapping[str, nn.Module], anatomy: Anatomy, block: Block, span: Span
 ) -> str | None:
-    """Returns the pre-norm; where a block has an Identity in its place, that; or a shared norm."""
+    """Returns the pre-norm; where a block has an Identity in its place, that; or a shared norm.
+
+    Where the norm's output is what answers are added to, what sees that.
+    """
     if span.kind == "attention" and anatomy.model_type in table.WINDOWED:
         return None
+    if getattr(modules.get(block.path), table.RESIDUAL_IS_NORMED, False):
+        return _input(span)
     if span.norms:
         return span.norms[0]
     for other in _likes(anatomy, block, span):

@@ -128,3 +128,7 @@ OF_POSITIONS = re.compile(
 WINDOWED = frozenset({"donut-swin", "maskformer-swin", "swin", "swinv2"})
 """Types whose attention sees windows of the image, so that what its answer is added to has another
 shape."""
+
+RESIDUAL_IS_NORMED = "apply_residual_connection_post_layernorm"
+"""Attribute of blocks that, if true, add an answer to what its norm gives, not to what it sees
+(BLOOM's)."""
