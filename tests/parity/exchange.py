@@ -6,27 +6,77 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graftune as gt
 from graftune.methods.base import Method
-from tests.parity.test_peft_lora import base, check_close, logits, peft, randomised
+from tests.families import FAMILIES
+
+peft = pytest.importorskip("peft", reason="parity is judged against HF PEFT itself")
+
+TOLERANCE = 1e-6
+Case = tuple[str, str, dict[str, Any]]
+LINEARS = {
+    "bert": ["query", "value", "dense"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "t5": ["q", "v", "wi", "wo"],
+    "vit": ["q_proj", "v_proj", "fc1"],
+}
+"""What of a family PEFT is told to change."""
 
 
-def check_from_peft(family: str, task: str, config: Any, path: Path) -> gt.Adapter:
-    """Checks that we load what PEFT writes for a config, and that off it is the base."""
+def ids(cases: list[Case]) -> list[str]:
+    """Returns what cases are called."""
+    return [f"{family}-{name}" for family, name, _ in cases]
+
+
+def randomised(module: nn.Module, names: set[str] | None = None) -> None:
+    """Moves every trained tensor, so that nothing is zero or as in the base."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in module.named_parameters():
+            if tensor.requires_grad and (names is None or name in names):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+
+
+def logits(model: nn.Module, family: str, task: str) -> Tensor:
+    inputs = FAMILIES[family].inputs(task=task)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def base(family: str, task: str) -> Any:
+    return FAMILIES[family].build(task=task)  # type: ignore[arg-type]
+
+
+def check_close(ours: Tensor, theirs: Tensor, plain: Tensor) -> None:
+    assert (ours - plain).abs().max() > 1e-3, "the adapter changes nothing: the test is void"
+    scale = max(1.0, float(theirs.abs().max()))
+    assert (ours - theirs).abs().max() <= TOLERANCE * scale
+
+
+def saved_by_peft(family: str, task: str, config: Any, path: Path) -> Tensor:
+    """Writes an adapter of PEFT's that is off its start, and returns its logits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(base(family, task), config)
         randomised(wrapped)
         wrapped.save_pretrained(path)
-    theirs, model = logits(_runnable(wrapped), family, task), base(family, task)
+    return logits(_runnable(wrapped), family, task)
+
+
+def check_from_peft(family: str, task: str, config: Any, path: Path) -> gt.Adapter:
+    """Checks that we load what PEFT writes for a config, and that off it is the base."""
+    theirs, model = saved_by_peft(family, task, config, path), base(family, task)
     plain = logits(model, family, task)
     adapter = gt.load(model, path)
     check_close(logits(model, family, task), theirs, plain)
     gt.activate(model, None)
     assert torch.equal(logits(model, family, task), plain)
+    gt.activate(model, adapter.name)
     return adapter
 
 
@@ -45,7 +95,9 @@ def check_to_peft(family: str, task: str, method: Method, path: Path) -> gt.Adap
     theirs = logits(_runnable(wrapped), family, task)
     check_close(logits(model, family, task), theirs, plain)
     check_again(adapter, family, task, path)
-    assert gt.inspect(path).verdicts[0].loads
+    loads = gt.inspect(path).verdicts[0]
+    assert loads.reader == "peft"
+    assert loads.loads
     return adapter
 
 
@@ -65,6 +117,8 @@ def check_again(adapter: gt.Adapter, family: str, task: str, path: Path) -> None
     again = base(family, task)
     loaded = gt.load(again, path, name="again")
     assert loaded.method == adapter.method
+    assert loaded.state_dict().keys() == adapter.state_dict().keys()
+    assert loaded.count() == adapter.count()
     assert torch.equal(logits(again, family, task), logits(adapter.model, family, task))
 
 

@@ -16,10 +16,20 @@ from graftune.errors import FormatError
 from graftune.formats.peft_types import obstacle
 from graftune.methods.adalora import triplets_of
 from tests.families import FAMILIES
-from tests.parity.exchange import check_again, check_from_peft, check_own_form, check_to_peft
-from tests.parity.test_peft_lora import LINEARS, Case, base, check_close, ids, logits, randomised
-
-peft = pytest.importorskip("peft", reason="parity is judged against HF PEFT itself")
+from tests.parity.exchange import (
+    LINEARS,
+    Case,
+    base,
+    check_again,
+    check_close,
+    check_from_peft,
+    check_own_form,
+    check_to_peft,
+    ids,
+    logits,
+    peft,
+    randomised,
+)
 
 TOTAL = 10
 

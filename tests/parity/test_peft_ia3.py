@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import graftune as gt
 from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats.peft_common import NO_RULES
 from graftune.formats.peft_types import obstacle
 from graftune.formats.peft_types.ia3 import _rules
-from tests.parity.test_peft_lora import base, check_close, logits, randomised
-
-peft = pytest.importorskip("peft", reason="parity is judged against HF PEFT itself")
-
-Case = tuple[str, str, dict[str, Any]]
+from tests.parity.exchange import (
+    Case,
+    base,
+    check_again,
+    check_from_peft,
+    check_own_form,
+    check_to_peft,
+    ids,
+    peft,
+    randomised,
+    saved_by_peft,
+)
 
 FROM_PEFT: list[Case] = [
     ("bert", "default", {}),
@@ -79,75 +83,33 @@ TO_PEFT: list[Case] = [
 ]  # fmt: skip
 
 
-def ids(cases: list[Case]) -> list[str]:
-    return [f"{family}-{name}" for family, name, _ in cases]
-
-
-def saved_by_peft(family: str, task: str, settings: dict[str, Any], path: Path) -> Tensor:
-    """Writes a randomised adapter of PEFT's and returns its logits."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(base(family, task), peft.IA3Config(**settings))
-        randomised(wrapped)
-        wrapped.save_pretrained(path)
-    return logits(wrapped, family, task)
-
-
 @pytest.mark.parametrize(("family", "name", "settings"), FROM_PEFT, ids=ids(FROM_PEFT))
 def test_what_peft_writes_we_load(
     family: str, name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    theirs = saved_by_peft(family, "default", settings, tmp_path / "a")
-    model = base(family, "default")
-    plain = logits(model, family, "default")
-    adapter = gt.load(model, tmp_path / "a")
+    adapter = check_from_peft(family, "default", peft.IA3Config(**settings), tmp_path / "a")
     assert isinstance(adapter.method, gt.IA3)
-    check_close(logits(model, family, "default"), theirs, plain)
     adapter.save(tmp_path / "b")
-    again = base(family, "default")
-    gt.load(again, tmp_path / "b")
-    assert torch.equal(logits(again, family, "default"), logits(model, family, "default"))
+    check_again(adapter, family, "default", tmp_path / "b")
 
 
 @pytest.mark.parametrize(("family", "name", "settings"), TO_PEFT, ids=ids(TO_PEFT))
 def test_what_we_write_peft_loads(
     family: str, name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    check_to_peft(family, "default", settings, tmp_path / "a")
+    check_to_peft(family, "default", gt.IA3(**settings), tmp_path / "a")
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "vit"])
 def test_a_classifier_goes_both_ways_with_its_head(family: str, tmp_path: Path) -> None:
-    check_to_peft(family, "classification", {}, tmp_path / "a")
+    check_to_peft(family, "classification", gt.IA3(), tmp_path / "a")
     kinds = {"vit": None, "bert": "SEQ_CLS", "llama": "SEQ_CLS"}
     settings: dict[str, Any] = {"task_type": kinds[family]}
     if family == "vit":
         settings |= {"target_modules": ["k_proj"], "feedforward_modules": []}
         settings["modules_to_save"] = ["classifier"]
-    theirs = saved_by_peft(family, "classification", settings, tmp_path / "b")
-    model = base(family, "classification")
-    plain = logits(model, family, "classification")
-    assert gt.load(model, tmp_path / "b").head_names
-    check_close(logits(model, family, "classification"), theirs, plain)
-
-
-def check_to_peft(family: str, task: str, settings: dict[str, Any], path: Path) -> None:
-    model = base(family, task)
-    plain = logits(model, family, task)
-    adapter = gt.attach(model, gt.IA3(**settings))
-    randomised(model)
-    ours = logits(model, family, task)
-    adapter.save(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        theirs = logits(peft.PeftModel.from_pretrained(base(family, task), path), family, task)
-    check_close(ours, theirs, plain)
-    again = base(family, task)
-    loaded = gt.load(again, path, name="again")
-    assert torch.equal(logits(again, family, task), ours)
-    assert loaded.count() == adapter.count()
-    assert gt.inspect(path).verdicts[0].loads
+    config = peft.IA3Config(**settings)
+    assert check_from_peft(family, "classification", config, tmp_path / "b").head_names
 
 
 def test_a_slice_is_written_as_a_whole_vector_with_ones_elsewhere(tmp_path: Path) -> None:
@@ -179,15 +141,8 @@ def test_a_slice_is_written_as_a_whole_vector_with_ones_elsewhere(tmp_path: Path
 def test_what_peft_cannot_compute_keeps_our_own_form(
     family: str, settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    model = base(family, "default")
-    adapter = gt.attach(model, gt.IA3(**settings))
-    randomised(model)
-    ours = logits(model, family, "default")
-    adapter.save(tmp_path)
+    adapter = check_own_form(family, gt.IA3(**settings), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] != "IA3"
-    again = base(family, "default")
-    gt.load(again, tmp_path)
-    assert torch.equal(logits(again, family, "default"), ours)
     assert words in obstacle(adapter)
 
 
@@ -209,7 +164,7 @@ def edited(path: Path, **changes: Any) -> Path:
 def test_a_config_that_fits_no_tensors_is_refused(
     changes: dict[str, Any], kind: type[Exception], words: str, tmp_path: Path
 ) -> None:
-    saved_by_peft("llama", "default", {}, tmp_path)
+    saved_by_peft("llama", "default", peft.IA3Config(), tmp_path)
     with pytest.raises(kind, match=words):
         gt.load(base("llama", "default"), edited(tmp_path, **changes))
 

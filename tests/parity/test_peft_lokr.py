@@ -11,10 +11,16 @@ import graftune as gt
 from graftune.errors import FormatError
 from graftune.formats.peft_types import obstacle
 from graftune.methods.lokr import divisors
-from tests.parity.exchange import check_from_peft, check_own_form, check_to_peft
-from tests.parity.test_peft_lora import LINEARS, Case, base, ids
-
-peft = pytest.importorskip("peft", reason="parity is judged against HF PEFT itself")
+from tests.parity.exchange import (
+    LINEARS,
+    Case,
+    base,
+    check_from_peft,
+    check_own_form,
+    check_to_peft,
+    ids,
+    peft,
+)
 
 FAMILIES_OF_PEFT = ("bert", "llama", "t5", "vit")
 CONVOLUTION = {"target_modules": ["projection", "q_proj"]}

@@ -12,49 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import graftune as gt
-from tests.families import FAMILIES
+from tests.parity.exchange import (
+    LINEARS,
+    Case,
+    base,
+    check_close,
+    check_from_peft,
+    check_to_peft,
+    ids,
+    logits,
+    peft,
+    randomised,
+    saved_by_peft,
+)
 
-peft = pytest.importorskip("peft", reason="parity is judged against HF PEFT itself")
-
-TOLERANCE = 1e-6
-Case = tuple[str, str, dict[str, Any]]
-
-
-def randomised(module: nn.Module, names: set[str] | None = None) -> None:
-    """Moves every trained tensor, so that nothing is zero or as in the base."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, tensor in module.named_parameters():
-            if tensor.requires_grad and (names is None or name in names):
-                tensor.add_(torch.randn_like(tensor) * 0.1)
-
-
-def logits(model: nn.Module, family: str, task: str) -> Tensor:
-    inputs = FAMILIES[family].inputs(task=task)  # type: ignore[arg-type]
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
-
-
-def base(family: str, task: str) -> Any:
-    return FAMILIES[family].build(task=task)  # type: ignore[arg-type]
-
-
-def check_close(ours: Tensor, theirs: Tensor, plain: Tensor) -> None:
-    assert (ours - plain).abs().max() > 1e-3, "the adapter changes nothing: the test is void"
-    scale = max(1.0, float(theirs.abs().max()))
-    assert (ours - theirs).abs().max() <= TOLERANCE * scale
-
-
-LINEARS = {
-    "bert": ["query", "value", "dense"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "t5": ["q", "v", "wi", "wo"],
-    "vit": ["q_proj", "v_proj", "fc1"],
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "alpha": {"lora_alpha": 3},
@@ -119,32 +92,15 @@ FROM_PEFT: list[Case] = [
 ]
 
 
-def ids(cases: list[Case]) -> list[str]:
-    return [f"{family}-{name}" for family, name, _ in cases]
-
-
-def saved_by_peft(family: str, task: str, settings: dict[str, Any], path: Path) -> Tensor:
-    """Writes a randomised adapter of PEFT's and returns its logits."""
-    given = {"r": 4, "target_modules": LINEARS.get(family)} | settings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(base(family, task), peft.LoraConfig(**given))
-        randomised(wrapped)
-        wrapped.save_pretrained(path)
-    return logits(wrapped, family, task)
+def peft_config(family: str, settings: dict[str, Any]) -> Any:
+    return peft.LoraConfig(**{"r": 4, "target_modules": LINEARS.get(family)} | settings)
 
 
 @pytest.mark.parametrize(("family", "name", "settings"), FROM_PEFT, ids=ids(FROM_PEFT))
 def test_what_peft_writes_we_load(
     family: str, name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    theirs = saved_by_peft(family, "default", settings, tmp_path / "a")
-    model = base(family, "default")
-    plain = logits(model, family, "default")
-    gt.load(model, tmp_path / "a")
-    check_close(logits(model, family, "default"), theirs, plain)
-    gt.activate(model, None)
-    assert torch.equal(logits(model, family, "default"), plain)
+    check_from_peft(family, "default", peft_config(family, settings), tmp_path / "a")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "roberta", "vit"])
@@ -155,12 +111,8 @@ def test_a_classifier_of_peft_is_loaded_with_its_head(family: str, tmp_path: Pat
     if family == "t5":
         settings["modules_to_save"] = ["classification_head"]
     settings["target_modules"] = LINEARS.get(family, ["query", "value"])
-    theirs = saved_by_peft(family, "classification", settings, tmp_path / "a")
-    model = base(family, "classification")
-    plain = logits(model, family, "classification")
-    adapter = gt.load(model, tmp_path / "a")
-    assert adapter.head_names
-    check_close(logits(model, family, "classification"), theirs, plain)
+    config = peft_config(family, settings)
+    assert check_from_peft(family, "classification", config, tmp_path / "a").head_names
 
 
 TO_PEFT: list[Case] = [
@@ -213,7 +165,7 @@ TO_PEFT: list[Case] = [
 def test_what_we_write_peft_loads(
     family: str, name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    check_to_peft(family, "default", settings, tmp_path / "a")
+    check_to_peft(family, "default", gt.LoRA(**{"r": 4} | settings), tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -221,28 +173,7 @@ def test_what_we_write_peft_loads(
 )
 def test_a_classifier_of_ours_is_loaded_by_peft_with_its_head(family: str, tmp_path: Path) -> None:
     bias = "none" if family in ("llama", "t5") else "all"
-    check_to_peft(family, "classification", {"bias": bias}, tmp_path / "a")
-
-
-def check_to_peft(family: str, task: str, settings: dict[str, Any], path: Path) -> None:
-    model = base(family, task)
-    plain = logits(model, family, task)
-    adapter = gt.attach(model, gt.LoRA(**{"r": 4} | settings))
-    randomised(model)
-    ours = logits(model, family, task)
-    adapter.save(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        warnings.filterwarnings("error", message=".*did not match any targeted module.*")
-        theirs = logits(peft.PeftModel.from_pretrained(base(family, task), path), family, task)
-    check_close(ours, theirs, plain)
-    again = base(family, task)
-    gt.load(again, path, name="again")
-    assert torch.equal(logits(again, family, task), ours)
-    loads = gt.inspect(path).verdicts[0]
-    assert loads.reader == "peft"
-    assert loads.loads
+    check_to_peft(family, "classification", gt.LoRA(r=4, bias=bias), tmp_path / "a")
 
 
 def test_peft_converts_pissa_and_we_load_the_ordinary_lora(tmp_path: Path) -> None:
@@ -267,7 +198,7 @@ def test_peft_converts_pissa_and_we_load_the_ordinary_lora(tmp_path: Path) -> No
 
 def test_what_peft_wrote_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
     settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": [5, 6], "use_dora": True}
-    theirs = saved_by_peft("llama", "default", settings, tmp_path / "a")
+    theirs = saved_by_peft("llama", "default", peft_config("llama", settings), tmp_path / "a")
     model = base("llama", "default")
     plain = logits(model, "llama", "default")
     gt.load(model, tmp_path / "a").save(tmp_path / "b")

@@ -14,10 +14,17 @@ from graftune.errors import FormatError
 from graftune.formats.peft_types import obstacle
 from graftune.methods.vera import draw
 from tests.families import FAMILIES
-from tests.parity.exchange import check_from_peft, check_own_form, check_to_peft
-from tests.parity.test_peft_lora import LINEARS, Case, base, ids, logits
-
-peft = pytest.importorskip("peft", reason="parity is judged against HF PEFT itself")
+from tests.parity.exchange import (
+    LINEARS,
+    Case,
+    base,
+    check_from_peft,
+    check_own_form,
+    check_to_peft,
+    ids,
+    logits,
+    peft,
+)
 
 SEEDED = {"save_projection": False, "projection_prng_key": 5}
 FROM_PEFT: list[Case] = [
