@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +64,31 @@ def check_equation(kind: str, host: Any, change: Tensor) -> None:
     torch.testing.assert_close(host(x), with_weight(host, change, x), atol=3e-6, rtol=1e-5)
     delta = host.deltas["default"]
     torch.testing.assert_close(delta.merged(torch.zeros_like(change), host), change)
+
+
+def check_experts(method: Method, tensor: str, change_of: Callable[[Any, int], Tensor]) -> None:
+    """Checks that a method changes each expert of a 3-D tensor by `change_of(delta, expert)`."""
+    model = FAMILIES["mixtral"].build()
+    shake(gt.attach(model, method), seed=1, noise=0.3)
+    experts: Any = model.model.layers[0].mlp.experts
+    delta, weights = experts.deltas["default"]._modules[tensor], getattr(experts, tensor)
+    for e, changed in enumerate(delta(weights, weights)):
+        torch.testing.assert_close(changed, weights[e] + change_of(delta, e))
+
+
+def check_count_on_a_convolution(make: Any, expected: int, **settings: Any) -> None:
+    """Checks a method's count on a patch embedding, before and after it is attached."""
+    model = FAMILIES["vit"].build()
+    method = make(targets=("projection",), train_head=False, **settings)
+    assert method.count(model, gt.anatomy(model)) == expected
+    assert gt.attach(model, method).count() == expected
+
+
+def check_uniform(tensor: Tensor, fan_in: int, within: float) -> None:
+    """Checks that a tensor is uniform up to 1 / sqrt(fan_in); `within` is for its deviation."""
+    bound = 1 / math.sqrt(fan_in)
+    assert 0.99 * bound < tensor.abs().max() <= bound
+    assert math.isclose(tensor.std().item(), bound / math.sqrt(3), rel_tol=within)
 
 
 def learns(method: Method, family: str = "bert") -> tuple[float, float]:

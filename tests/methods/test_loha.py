@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -14,7 +13,15 @@ from graftune.errors import SettingsError
 from graftune.methods.loha import HadamardProduct
 from tests.contract.subjects import shake
 from tests.families import FAMILIES
-from tests.methods.changes import HOSTS, attached, check_equation, learns
+from tests.methods.changes import (
+    HOSTS,
+    attached,
+    check_count_on_a_convolution,
+    check_equation,
+    check_experts,
+    check_uniform,
+    learns,
+)
 
 
 def plain(delta: Any, scale: float) -> Tensor:
@@ -64,15 +71,10 @@ def test_a_slice_changes_its_rows_alone() -> None:
 
 
 def test_experts_have_a_change_each() -> None:
-    model = FAMILIES["mixtral"].build()
-    method = gt.LoHa(r=3, targets=("gate_up_proj",))
-    shake(gt.attach(model, method), seed=1, noise=0.3)
-    experts: Any = model.model.layers[0].mlp.experts
-    delta = experts.deltas["default"]._modules["gate_up_proj"]
-    changed = delta(experts.gate_up_proj, experts.gate_up_proj)
-    for e, weight in enumerate(experts.gate_up_proj):
-        first, second = delta.B1[e] @ delta.A1[e], delta.B2[e] @ delta.A2[e]
-        torch.testing.assert_close(changed[e], weight + first * second)
+    def change(delta: Any, e: int) -> Tensor:
+        return (delta.B1[e] @ delta.A1[e]) * (delta.B2[e] @ delta.A2[e])
+
+    check_experts(gt.LoHa(r=3, targets=("gate_up_proj",)), "gate_up_proj", change)
 
 
 def factors(*lead: int) -> tuple[Tensor, ...]:
@@ -113,9 +115,7 @@ def test_factors_start_kaiming_uniform_and_the_last_at_zero() -> None:
     gt.attach(model, gt.LoHa(r=64, targets=("q_proj",)), seed=0)
     delta: Any = model.model.layers[0].self_attn.q_proj.deltas["default"]
     for tensor, fan_in in ((delta.A1, 256), (delta.B1, 64), (delta.B2, 64)):
-        bound = 1 / math.sqrt(fan_in)
-        assert 0.99 * bound < tensor.abs().max() <= bound
-        assert math.isclose(tensor.std().item(), bound / math.sqrt(3), rel_tol=0.03)
+        check_uniform(tensor, fan_in, within=0.03)
     assert not delta.A2.any()
 
 
@@ -134,11 +134,8 @@ def test_training_learns() -> None:
 
 @pytest.mark.parametrize("tucker", [False, True])
 def test_the_count_of_a_convolution_is_the_formula(tucker: bool) -> None:
-    model = FAMILIES["vit"].build()
-    method = gt.LoHa(r=3, targets=("projection",), tucker=tucker, train_head=False)
     expected = 2 * (3 * (32 + 3) + 9 * 64) if tucker else 2 * 3 * (32 + 3 * 64)
-    assert method.count(model, gt.anatomy(model)) == expected
-    assert gt.attach(model, method).count() == expected
+    check_count_on_a_convolution(gt.LoHa, expected, r=3, tucker=tucker)
 
 
 def test_a_rank_above_the_sides_is_refused() -> None:

@@ -15,7 +15,16 @@ from graftune.methods._weight_change import LinearChange
 from graftune.methods.lokr import divisors
 from tests.contract.subjects import shake
 from tests.families import FAMILIES
-from tests.methods.changes import HOSTS, an_input, attached, check_equation, learns
+from tests.methods.changes import (
+    HOSTS,
+    an_input,
+    attached,
+    check_count_on_a_convolution,
+    check_equation,
+    check_experts,
+    check_uniform,
+    learns,
+)
 
 
 def parts(delta: Any) -> tuple[Tensor, Tensor]:
@@ -112,15 +121,10 @@ def test_a_slice_changes_its_rows_alone() -> None:
 
 
 def test_experts_have_a_change_each() -> None:
-    model = FAMILIES["mixtral"].build()
-    method = gt.LoKr(r=2, targets=("gate_up_proj",))
-    shake(gt.attach(model, method), seed=1, noise=0.3)
-    experts: Any = model.model.layers[0].mlp.experts
-    delta = experts.deltas["default"]._modules["gate_up_proj"]
-    changed = delta(experts.gate_up_proj, experts.gate_up_proj)
-    for e, weight in enumerate(experts.gate_up_proj):
-        change = torch.kron(delta.W1[e], delta.W2a[e] @ delta.W2b[e])
-        torch.testing.assert_close(changed[e], weight + change)
+    def change(delta: Any, e: int) -> Tensor:
+        return torch.kron(delta.W1[e], delta.W2a[e] @ delta.W2b[e])
+
+    check_experts(gt.LoKr(r=2, targets=("gate_up_proj",)), "gate_up_proj", change)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +170,7 @@ def test_the_other_factors_start_kaiming_uniform() -> None:
     gt.attach(model, gt.LoKr(r=4, targets=("q_proj",), decompose_factor=2), seed=0)
     delta: Any = model.model.layers[0].self_attn.q_proj.deltas["default"]
     for tensor, fan_in in ((delta.W2a, 4), (delta.W2b, 128)):
-        bound = 1 / math.sqrt(fan_in)
-        assert 0.98 * bound < tensor.abs().max() <= bound
-        assert math.isclose(tensor.std().item(), bound / math.sqrt(3), rel_tol=0.06)
+        check_uniform(tensor, fan_in, within=0.06)
 
 
 @pytest.mark.parametrize("settings", [{}, {"init": "lycoris", "decompose_both": True}])
@@ -187,10 +189,7 @@ def test_training_learns(settings: dict[str, Any]) -> None:
     ],
 )
 def test_the_count_of_a_convolution_is_the_formula(settings: dict[str, Any], expected: int) -> None:
-    model = FAMILIES["vit"].build()
-    method = gt.LoKr(targets=("projection",), train_head=False, **settings)
-    assert method.count(model, gt.anatomy(model)) == expected
-    assert gt.attach(model, method).count() == expected
+    check_count_on_a_convolution(gt.LoKr, expected, **settings)
 
 
 @pytest.mark.parametrize(
