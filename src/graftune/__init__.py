@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graftune.composition import AdapterDrop, Average, Fuse, Parallel, Rows, Stack
     from graftune.counting import summary
     from graftune.formats import inspect, load
+    from graftune.fusing import fusion_weights, prune_fusion
     from graftune.merging import merge, unmerge
     from graftune.methods.adalora import AdaLoRA
     from graftune.methods.base import register
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from graftune.methods.diffpruning import DiffPruning
     from graftune.methods.fishmask import FishMask
     from graftune.methods.full import FullFineTuning
+    from graftune.methods.fusion import AdapterFusion
     from graftune.methods.houlsby import HoulsbyAdapter
     from graftune.methods.ia3 import IA3
     from graftune.methods.layernorm import LayerNormTuning
@@ -57,6 +59,8 @@ _HOMES = {
     "adapters": "adapter",
     "attach": "adapter",
     "detach": "adapter",
+    "fusion_weights": "fusing",
+    "prune_fusion": "fusing",
     "inspect": "formats",
     "load": "formats",
     "merge": "merging",
@@ -74,6 +78,7 @@ __all__ = [
     "Adapter",
     "AdapterCallback",
     "AdapterDrop",
+    "AdapterFusion",
     "Anatomy",
     "Average",
     "BitFit",
@@ -99,10 +104,12 @@ __all__ = [
     "anatomy",
     "attach",
     "detach",
+    "fusion_weights",
     "inspect",
     "load",
     "merge",
     "methods",
+    "prune_fusion",
     "register",
     "resolve",
     "state_of",

@@ -79,6 +79,8 @@ def check_composition(
                 f'Adapter "{adapter.name}" trains the base in place, so it can\'t be switched off: '
                 "attach FullFineTuning(keep_base=True) for one that can."
             )
+    if copies_of(composition):
+        state.copy_rows()
     if isinstance(composition, Rows) or copies_of(composition):
         for name in names:
             _check_rows(state, name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftune.activating import activate as activate
-from graftune.activating import set_active
+from graftune.activating import check_composition, set_active
 from graftune.activating import using as using
 from graftune.anatomy import Anatomy, anatomy
 from graftune.attached import STATE, Adapter, Grafts, adapters, plain_model, state_of
@@ -135,7 +135,7 @@ def attach_planned(
     adapter = Adapter(name, planned.method, model, planned.grafts, planned.heads)
     state.adapters[name] = adapter
     insert(model, state.active, name, adapter.grafts, parts.read_by_parent, parts.positions)
-    set_active(state, name)
+    set_active(state, check_composition(state, name))
     state.tell_transformers()
     return adapter
 
@@ -228,6 +228,12 @@ def _check_removable(state: Grafts, adapter: Adapter) -> None:
         )
     if state.merged is not None and adapter.name in state.merged.names:
         raise AdapterError(f'Adapter "{adapter.name}" is merged: unmerge before you detach it.')
+    for other in state.adapters.values():
+        if adapter.name in {n for member in other.method.fuses for n in members_of(member)}:
+            raise AdapterError(
+                f'Adapter "{adapter.name}" is a member of the fusion "{other.name}": detach that '
+                "first."
+            )
     if adapter.name in members_of(state.active.current().composition):
         raise AdapterError(
             f'Adapter "{adapter.name}" is active: gt.activate(model, None) before you detach it.'

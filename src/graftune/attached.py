@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
+from graftune.anatomy.modules import is_in
 from graftune.composition import members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, TrainingError
 from graftune.methods.base import Method
 from graftune.sites.base import Graft
+from graftune.sites.copies import Copies
+from graftune.sites.placing import block_of
 from graftune.sites.state import Active, carry_plan_through_checkpoints
 
 if TYPE_CHECKING:
@@ -214,6 +217,30 @@ class Grafts:
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.handles: list[Any] = []
+        self.copies: Copies | None = None
+
+    def copy_rows(self) -> None:
+        """Readies the model for a Parallel, once."""
+        if self.copies is None:
+            self.copies = Copies(self.model, self.anatomy, self.active, self.lowest_block)
+            self.handles += self.copies.handles
+
+    def lowest_block(self, names: tuple[str, ...]) -> int | None:
+        """Returns the lowest block in which some adapters act; None if one acts below the blocks.
+
+        Of adapters that have heads alone it is the highest.
+        """
+        positions = self.anatomy.positions
+        found = [len(positions) - 1]
+        for name in names:
+            adapter = self.adapters[name]
+            for graft in adapter.grafts:
+                layer = block_of(graft.place.module, positions)
+                if layer is not None:
+                    found.append(layer)
+                elif not is_in(graft.place.module, adapter.head_names):
+                    return None
+        return min(found)
 
     def prepare(self, module: nn.Module, args: Any) -> None:
         """Readies a forward pass. A forward pre-hook of the model."""

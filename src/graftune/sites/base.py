@@ -132,8 +132,7 @@ class Bottleneck(NamedTuple):
 
     read: Tensor
     change: Tensor
-    skip: Tensor | None
-    """None for nothing: a parallel adapter's change is added to h itself."""
+    skip: Tensor
 
 
 class SublayerDelta(Delta):

@@ -45,14 +45,15 @@ def insert(
     aliases = tensor_names(model)
     for graft in grafts:
         place, host = graft.place, model.get_submodule(graft.place.module)
-        layer = _layer(place.module, layers or {})
+        inside = block_of(place.module, layers or {})
+        layer = ALWAYS if inside is None else inside
         graft.delta.train(host.training)
         if isinstance(place, SublayerPlace):
             site = _site(host, "sublayer", lambda n=layer: SublayerSite(active, n))
             assert isinstance(site, SublayerSite)
             assert isinstance(graft.delta, SublayerDelta)
             site.read(model, place, graft.delta.reads)
-            site._modules[name] = graft.delta
+            site._modules[name], site.places[name] = graft.delta, place
             continue
         if isinstance(place, LinearPlace):
             site = _site(
@@ -121,13 +122,13 @@ def forget_compiled() -> None:
         dynamo.reset()
 
 
-def _layer(path: str, layers: Mapping[str, int]) -> int:
-    """Returns the position of the block that a module lies in."""
+def block_of(path: str, positions: Mapping[str, int]) -> int | None:
+    """Returns the position of the block that a module lies in; None outside blocks."""
     while path:
-        if path in layers:
-            return layers[path]
+        if path in positions:
+            return positions[path]
         path = path.rpartition(".")[0]
-    return ALWAYS
+    return None
 
 
 def _linear_site(active: Active, host: nn.Module, place: LinearPlace, layer: int) -> Site:

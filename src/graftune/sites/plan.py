@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +45,10 @@ class Plan:
     drop: int = 0
     """Blocks of each stack, from the lowest, in which nothing acts."""
     schedule: AdapterDrop = field(default_factory=AdapterDrop)
+    lowest: tuple[int | None] | None = None
+    """Before which block rows are copied, None in it for the inputs; once it was looked up."""
+    copying: set[int] = field(default_factory=set)
+    """Threads in a pass of the whole model that copies its rows."""
     is_inner: bool = False
     """Whether a host is run again for some rows, so that what comes after it must wait."""
     _indices: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
@@ -72,6 +79,19 @@ class Plan:
         """Returns the plan in which some steps act on every row that a host is given again."""
         return Plan(None, tuple(names_in(steps)), steps, drop=self.drop, is_inner=True)
 
+    @contextlib.contextmanager
+    def copied(self) -> Iterator[None]:
+        """Lets rows be told apart inside the block, where they were copied before it."""
+        thread = threading.get_ident()
+        is_new = self.copies > 1 and thread not in self.copying
+        if is_new:
+            self.copying.add(thread)
+        try:
+            yield
+        finally:
+            if is_new:
+                self.copying.discard(thread)
+
     def drawn(self, training: bool) -> Plan:
         """Returns the plan of the next pass: with a number of dropped blocks drawn, in training."""
         low, high = self.schedule.low, self.schedule.high
@@ -86,6 +106,11 @@ class Plan:
         Raises:
             AdapterError: if the batch isn't a multiple of the rows named.
         """
+        if self.copies > 1 and threading.get_ident() not in self.copying:
+            raise AdapterError(
+                "Parallel copies the rows in a forward pass of the whole model, and this was a "
+                "part of it alone (as generate runs an encoder): copy the inputs and take Rows."
+            )
         if batch % self.size:
             raise AdapterError(
                 f"Rows names {self.size} rows, but a module saw a batch of {batch}: give one "

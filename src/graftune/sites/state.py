@@ -197,10 +197,11 @@ class _Replay:
         self.run, self.active, self.plan = run, active, plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active.current() is self.plan:
-            return self.run(*args, **kwargs)
-        with self.active.pinned(self.plan):
-            return self.run(*args, **kwargs)
+        with self.plan.copied():
+            if self.active.current() is self.plan:
+                return self.run(*args, **kwargs)
+            with self.active.pinned(self.plan):
+                return self.run(*args, **kwargs)
 
 
 def carry_plan_through_checkpoints(model: nn.Module, active: Active) -> None:

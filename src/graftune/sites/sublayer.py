@@ -44,6 +44,8 @@ class SublayerSite(Site):
         self.kept = Kept()
         self.norm: tuple[nn.Module, ...] = ()
         self.reads: set[str] = set()
+        self.places: dict[str, SublayerPlace] = {}
+        """Each adapter's place, since they may read differently."""
 
     def hook(self, host: nn.Module) -> None:
         """Registers `after`."""
@@ -69,11 +71,17 @@ class SublayerSite(Site):
 
     def keep_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keeps what the sublayer sees. A forward pre-hook."""
-        self.kept["input", _thread()] = _first(args, kwargs)
+        self._keep("input", args, kwargs)
 
     def keep_residual(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keeps what the answer is added to. A forward pre-hook."""
-        self.kept["residual", _thread()] = _first(args, kwargs)
+        self._keep("residual", args, kwargs)
+
+    def _keep(self, field: str, args: Any, kwargs: dict[str, Any]) -> None:
+        active = self.active
+        if active.overridden and active.current().is_inner:
+            return  # a module that is run again for some rows
+        self.kept[field, _thread()] = _first(args, kwargs)
 
     def after(self, host: nn.Module, args: Any, output: Any) -> Any:
         """Returns the host's output with the active deltas in it. The forward hook."""
