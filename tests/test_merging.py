@@ -40,13 +40,16 @@ def check_round_trip(model: Any, family: str, composition: Any, atol: float = 1e
     assert torch.equal(logits(model, inputs), expected)
 
 
-@pytest.mark.parametrize("variant", ["plain", "dora", "lora_bias", "pissa", "olora", "tokens"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "dora", "lora_bias", "dora bias", "pissa", "olora", "tokens"]
+)
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_every_lora_merges(variant: str, family: str) -> None:
     method = {
         "plain": gt.LoRA(r=2, targets="all-linear"),
         "dora": gt.LoRA(r=2, dora=True),
         "lora_bias": gt.LoRA(r=2, lora_bias=True),
+        "dora bias": gt.LoRA(r=2, dora=True, lora_bias=True),
         "pissa": gt.LoRA(r=2, init="pissa"),
         "olora": gt.LoRA(r=2, init="olora"),
         "tokens": gt.LoRA(r=2, trainable_tokens=(7, 8)),

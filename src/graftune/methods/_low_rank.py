@@ -154,8 +154,17 @@ class Magnitude(LowRank):
 
     def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
         """See `Delta.merged`."""
-        factor = (self.m / self.norm(weight)).reshape(-1, *[1] * (weight.ndim - 1))
+        self.turned = self.m / self.norm(weight)
+        factor = self.turned.reshape(-1, *[1] * (weight.ndim - 1))
         return (factor * (weight.to(self.B.dtype) + self.weight_change())).to(weight.dtype)
+
+    turned: Tensor | float = 1.0
+    """m / ||V||, `(out,)`, as the weight was merged: B's bias is turned by it too."""
+
+    def bias_change(self, bias: Tensor | None) -> Tensor | None:
+        """See `LinearDelta.bias_change`; asked for once the weight is merged."""
+        change = super().bias_change(bias)
+        return None if change is None else self.turned * change
 
 
 class MagnitudeEmbedding(Magnitude, LowRankEmbedding):
