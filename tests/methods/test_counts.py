@@ -131,6 +131,20 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("BERT-large", gt.DiffPruning(), 2 * 335_141_888 + 391),
     ("LLaMA-7B", gt.DiffPruning(), 2 * TOTALS["LLaMA-7B"] + 291),
     ("BERT-base", gt.FullFineTuning(keep_base=True), TOTALS["BERT-base"]),
+    ("BERT-base", gt.HoulsbyAdapter(), 2_379_264 + 38_400),
+    ("BERT-base", gt.HoulsbyAdapter(train_norms=False), 2_379_264),
+    ("BERT-large", gt.HoulsbyAdapter(), 6_343_680 + 100_352),
+    ("LLaMA-7B", gt.HoulsbyAdapter(train_norms=False), 64 * 528_448),
+    ("T5-base", gt.HoulsbyAdapter(train_norms=False), 48 * 99_136),
+    ("ViT-B/16", gt.HoulsbyAdapter(train_norms=False), 2_379_264),
+    ("BERT-base", gt.PfeifferAdapter(), 894_528),
+    ("T5-base", gt.PfeifferAdapter(), 1_789_056),
+    ("LLaMA-7B", gt.PfeifferAdapter(), 67_248_128),
+    ("ViT-B/16", gt.PfeifferAdapter(), 894_528),
+    ("BERT-base", gt.PfeifferAdapter(layers="5:"), 521_808),
+    ("BART-large", gt.ParallelAdapter(bottleneck=512), 25_202_688),
+    ("BERT-base", gt.ParallelAdapter(bottleneck=48), 894_528),
+    ("BERT-base", gt.ParallelAdapter(scale="learned"), 12 * (2 * 768 * 384 + 768 + 384 + 1)),
 ]
 
 
