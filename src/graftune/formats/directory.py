@@ -44,12 +44,12 @@ def read(folder: Path) -> Directory:
     Raises:
         FormatError: a file is missing, isn't JSON, isn't whole, or is of another kind of adapter.
     """
-    config = _json(folder, CONFIG)
+    config = read_json(folder, CONFIG)
     if config is None:
         raise FormatError(f'"{folder}" has no {CONFIG}: {_what_instead(folder)}')
     if "peft_type" not in config:
         raise FormatError(f'"{folder / CONFIG}" has no "peft_type": {_foreign(config)}')
-    own = _json(folder, OWN)
+    own = read_json(folder, OWN)
     _check_own(folder, own)
     weights, pickle = folder / WEIGHTS, folder / PICKLE
     if not weights.exists() and not pickle.exists():
@@ -65,7 +65,15 @@ def read(folder: Path) -> Directory:
     )
 
 
-def unpickled(folder: Path) -> dict[str, torch.Tensor]:
+def pickle_refusal(where: str, pickle: str) -> str:
+    """Returns why a pickle isn't opened unasked."""
+    return (
+        f"{where} keeps its weights as a pickle, {pickle}, which can hold code: pass "
+        "allow_pickle=True to read it by torch's loader that runs none."
+    )
+
+
+def unpickled(file: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors of a pickle, read by torch's loader that runs no code.
 
     Raises:
@@ -75,7 +83,6 @@ def unpickled(folder: Path) -> dict[str, torch.Tensor]:
 
     import torch
 
-    file = folder / PICKLE
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -86,7 +93,12 @@ def unpickled(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _json(folder: Path, name: str) -> dict[str, Any] | None:
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """Returns a JSON object's content, None where there is no such file.
+
+    Raises:
+        FormatError: it can't be read, or isn't one.
+    """
     file = folder / name
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -121,8 +133,6 @@ def _check_own(folder: Path, own: dict[str, Any] | None) -> None:
 def _foreign(config: dict[str, Any]) -> str:
     if "model_type" in config or "architectures" in config:
         return "it is the config of a whole model, not of an adapter."
-    if "config" in config and "hidden_size" in config:
-        return "it is an AdapterHub adapter, which this version does not read."
     known = ", ".join(f'"{key}"' for key in sorted(config)[:5])
     return f"it isn't an adapter's config (it has {known or 'no settings'})."
 

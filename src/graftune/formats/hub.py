@@ -7,6 +7,7 @@ from pathlib import Path
 
 from graftune.errors import FormatError
 from graftune.formats import directory
+from graftune.formats.adapterhub.folder import FILES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -27,7 +28,7 @@ def _fetched(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    files = [directory.CONFIG, directory.WEIGHTS, directory.PICKLE, directory.OWN]
+    files = [directory.CONFIG, directory.WEIGHTS, directory.PICKLE, directory.OWN, *FILES]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except errors.RepositoryNotFoundError as error:

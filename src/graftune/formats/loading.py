@@ -1,8 +1,9 @@
-"""Reading an adapter's directory, ours or HF PEFT's, onto a model: all of it or nothing."""
+"""Reading an adapter's directory onto a model, all of it or nothing: ours, PEFT's, AdapterHub's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from graftune.adapter import Adapter, Planned
 from graftune.anatomy import Anatomy
 from graftune.errors import FormatError, SettingsError
 from graftune.formats import base, directory, peft_types
+from graftune.formats.adapterhub import loading as adapterhub
+from graftune.formats.adapterhub.folder import is_here as is_adapterhub
 from graftune.formats.atomic import read_whole
 from graftune.formats.directory import Directory
 from graftune.formats.filling import check_names, fill, head_grafts, own_method
@@ -29,15 +32,17 @@ def load(
     *,
     allow_pickle: bool = False,
     check_base: bool = True,
+    head: bool = True,
 ) -> Adapter:
     """Attaches an adapter from a directory, activates it, and returns it.
 
     Args:
         model: the base it was made for.
-        path: a folder written by graftune or HF PEFT, or "owner/name" on the model hub.
+        path: a folder written by graftune, HF PEFT or AdapterHub, or "owner/name" on the model hub.
         name: what to call it; None takes the folder's name.
-        allow_pickle: also read adapter_model.bin, by torch's loader that runs no code.
-        check_base: compare the base with the one that graftune wrote down.
+        allow_pickle: also read weights kept as a pickle, by torch's loader that runs no code.
+        check_base: compare the base with what was written down of it.
+        head: of AdapterHub's directories, also load the head that lies in one.
 
     Raises:
         FormatError: a file is missing, broken or not supported; tensors are missing, unexpected or
@@ -46,20 +51,32 @@ def load(
         AdapterError: the name is taken or can't be one.
     """
     model = adapters.plain_model(model)
-    where = f'"{path}"'
-    found, tensors = read_whole(located(path), lambda folder: _read(folder, where, allow_pickle))
+    where, name = f'"{path}"', name or default_name(path)
+    saved = read_whole(located(path), lambda folder: _read(folder, where, allow_pickle, head))
+    if isinstance(saved, adapterhub.Saved):
+        _check_finite(saved.everything, where)
+        choices = adapterhub.Choices(where=where, check_base=check_base, head=head)
+        with _refused(where, saved.folder.wrote):
+            return adapterhub.load(model, saved, name, choices)
+    found, tensors = saved
     _check_finite(tensors, where)
     own = found.own
     if own is not None and check_base and not _is_merged(model):
         base.check(model, own["base"], where, skip=own.get("heads", ()))
-    name = name or default_name(path)
-    try:
+    with _refused(where, _version(found)):
         if own is not None and (own_method(found).trains_in_place or not own.get("peft", True)):
             return _load_own(model, found, tensors, where, name)
         kind = peft_types.reader(found.config["peft_type"], where)
         return kind.load(model, found, tensors, where, name)
+
+
+@contextlib.contextmanager
+def _refused(where: str, wrote: str) -> Iterator[None]:
+    """Says of settings that can't be in whose file they stand."""
+    try:
+        yield
     except SettingsError as error:
-        raise FormatError(f"{where}, {_version(found)}: {error}") from error
+        raise FormatError(f"{where}, written by {wrote}: {error}") from error
 
 
 def default_name(path: str | Path) -> str:
@@ -67,16 +84,20 @@ def default_name(path: str | Path) -> str:
     return Path(path).resolve().name.replace(".", "-").strip() or "default"
 
 
-def _read(folder: Path, where: str, allow_pickle: bool) -> tuple[Directory, dict[str, Tensor]]:
+def _read(
+    folder: Path, where: str, allow_pickle: bool, head: bool
+) -> tuple[Directory, dict[str, Tensor]] | adapterhub.Saved:
+    if is_adapterhub(folder):
+        return adapterhub.read(folder, where, allow_pickle=allow_pickle, head=head)
     found = directory.read(folder)
+    if not head:
+        raise SettingsError(f"{where} isn't AdapterHub's: head=False is for their directories.")
     if found.tensors is not None:
         return found, read_tensors(found.tensors.path)
+    assert found.pickle is not None
     if not allow_pickle:
-        raise FormatError(
-            f"{where} keeps its weights as a pickle, {found.pickle}, which can hold code: pass "
-            "allow_pickle=True to read it by torch's loader that runs none."
-        )
-    return found, directory.unpickled(folder)
+        raise FormatError(directory.pickle_refusal(where, found.pickle))
+    return found, directory.unpickled(folder / found.pickle)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -122,5 +143,5 @@ def _load_own(
 
 def _version(found: Directory) -> str:
     if found.own is not None:
-        return f"written by graftune {found.own.get('graftune_version')}"
-    return f"written by PEFT {found.config.get('peft_version') or 'of unknown version'}"
+        return f"graftune {found.own.get('graftune_version')}"
+    return f"PEFT {found.config.get('peft_version') or 'of unknown version'}"
