@@ -15,6 +15,7 @@ from graftune.anatomy import Anatomy
 from graftune.errors import FormatError, SettingsError
 from graftune.formats import base, directory, peft_types
 from graftune.formats.adapterhub import loading as adapterhub
+from graftune.formats.adapterhub import setups
 from graftune.formats.adapterhub.folder import is_here as is_adapterhub
 from graftune.formats.atomic import read_whole
 from graftune.formats.directory import Directory
@@ -51,14 +52,13 @@ def load(
         AdapterError: the name is taken or can't be one.
     """
     model = adapters.plain_model(model)
-    where, name = f'"{path}"', name or default_name(path)
+    where = f'"{path}"'
     saved = read_whole(located(path), lambda folder: _read(folder, where, allow_pickle, head))
-    if isinstance(saved, adapterhub.Saved):
-        _check_finite(saved.everything, where)
+    if isinstance(saved, adapterhub.Saved | setups.Setup):
         choices = adapterhub.Choices(where=where, check_base=check_base, head=head)
-        with _refused(where, saved.folder.wrote):
-            return adapterhub.load(model, saved, name, choices)
+        return _load_adapterhub(model, saved, name, choices)
     found, tensors = saved
+    name = name or default_name(path)
     _check_finite(tensors, where)
     own = found.own
     if own is not None and check_base and not _is_merged(model):
@@ -68,6 +68,25 @@ def load(
             return _load_own(model, found, tensors, where, name)
         kind = peft_types.reader(found.config["peft_type"], where)
         return kind.load(model, found, tensors, where, name)
+
+
+def _load_adapterhub(
+    model: nn.Module,
+    saved: adapterhub.Saved | setups.Setup,
+    name: str | None,
+    choices: adapterhub.Choices,
+) -> Adapter:
+    parts = (saved,) if isinstance(saved, adapterhub.Saved) else saved.parts
+    for part in parts:
+        _check_finite(part.everything, choices.where)
+    with _refused(choices.where, parts[0].folder.wrote):
+        if isinstance(saved, adapterhub.Saved):
+            return adapterhub.load(model, saved, name or default_name(saved.folder.path), choices)
+        if name is not None:
+            raise SettingsError(
+                f'it is a setup, whose adapters have names already: leave name out, found "{name}".'
+            )
+        return setups.load(model, saved, choices)
 
 
 @contextlib.contextmanager
@@ -86,9 +105,10 @@ def default_name(path: str | Path) -> str:
 
 def _read(
     folder: Path, where: str, allow_pickle: bool, head: bool
-) -> tuple[Directory, dict[str, Tensor]] | adapterhub.Saved:
+) -> tuple[Directory, dict[str, Tensor]] | adapterhub.Saved | setups.Setup:
     if is_adapterhub(folder):
-        return adapterhub.read(folder, where, allow_pickle=allow_pickle, head=head)
+        setup = setups.read(folder, where, allow_pickle=allow_pickle, head=head)
+        return setup or adapterhub.read(folder, where, allow_pickle=allow_pickle, head=head)
     found = directory.read(folder)
     if not head:
         raise SettingsError(f"{where} isn't AdapterHub's: head=False is for their directories.")

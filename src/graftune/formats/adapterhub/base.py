@@ -49,6 +49,8 @@ class Kind:
     """What messages call it."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that are followed, with what a file that lacks one means by it."""
+    in_every_block: ClassVar[bool] = True
+    """Whether each block has the same, but for those in `leave_out`."""
     without_effect: ClassVar[tuple[str, ...]] = ()
     """Settings that don't change what trained weights compute."""
 

@@ -105,8 +105,8 @@ class Bottleneck(Kind):
     )
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """See `Kind.reads`: they are the only ones that say nothing of their kind."""
-        return not settings.get("architecture")
+        """See `Kind.reads`: with fusions the only ones that say nothing of their kind."""
+        return not settings.get("architecture") and "query" not in settings
 
     def checked(self, settings: Mapping[str, Any], where: str, wrote: str) -> dict[str, Any]:
         """See `Kind.checked`."""

@@ -89,7 +89,8 @@ def load(model: nn.Module, saved: Saved, name: str, choices: Choices) -> Adapter
     state = model.__dict__.get(adapters.STATE)
     parts = anatomy(model) if state is None else state.anatomy
     tensors = names.sort(saved.tensors, parts, folder.name, where, base)
-    names.check_even(tensors, parts, config["leave_out"], where, base)
+    if kind.in_every_block:
+        names.check_even(tensors, parts, config["leave_out"], where, base)
     head = head_files.Head()
     if choices.head and folder.head is not None:
         head = head_files.read(folder.head.config, saved.head, model, parts, where)

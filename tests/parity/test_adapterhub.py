@@ -1,0 +1,154 @@
+"""AdapterHub's own outputs: what it wrote and computed, loaded here and computed again.
+
+The fixtures, made with `adapters` 1.3.0, lie outside the project; each architecture has a base, its
+inputs, and a directory for each case:
+
+    ARCH/base  ARCH/inputs.safetensors ("VARIANT/ARGUMENT")
+    ARCH/CASE/adapter_NAME  ARCH/CASE/fusion  ARCH/CASE/case.json
+    ARCH/CASE/outputs.safetensors ("eager/VARIANT/logits")
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import graftune as gt
+
+ROOT = os.environ.get("GRAFTUNE_ADAPTERHUB_FIXTURES")
+TOLERANCE = 1e-5
+ARCHITECTURES = ("bert", "gpt2", "llama", "t5", "vit")
+
+pytestmark = pytest.mark.skipif(
+    ROOT is None, reason="GRAFTUNE_ADAPTERHUB_FIXTURES names no folder of AdapterHub's outputs"
+)
+
+NO_METHOD = "no such method yet"
+GATED = "gated LoRA and (IA)3 are refused"
+OVER_N_TWICE = "AdapterHub's bug: Average divides by the number of members twice, h included"
+CHAIN = "AdapterHub's Stack of LoRAs is a chain, the second reading the first's change; ours adds"
+LEFT_OUT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("prefix_tuning", "prefix_tuning_flat", "prefix_tuning_gated", "stack_prefix"),
+            *("parallel_prefix", "prompt_tuning", "prompt_tuning_after_bos", "mam", "unipelt"),
+            *("loreft", "noreft", "direft_tied", "seq_bn_inv_nice"),
+            *("compacter", "compacterpp", "compacterpp_factorized"),
+        ),
+        NO_METHOD,
+    ),
+    **dict.fromkeys(("lora_gated", "ia3_gated"), GATED),
+    "average": OVER_N_TWICE,
+    "stack_lora": CHAIN,
+    "t5/seq_bn_adapterdrop0": "skip_layers=[0] is the encoder's first block, drop=1 both stacks'",
+    "flex_head": "has a test of its own",
+}
+"""Cases that aren't compared, of one architecture or of all, and why."""
+
+
+def _cases() -> list[tuple[str, str]]:
+    if ROOT is None:
+        return [("none", "none")]
+    found = sorted(Path(ROOT).glob("*/*/case.json"))
+    return [(case.parts[-3], case.parts[-2]) for case in found if case.parts[-3] in ARCHITECTURES]
+
+
+@functools.cache
+def _base(arch: str) -> Any:
+    folder = Path(str(ROOT)) / arch / "base"
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def _inputs(arch: str, variant: str) -> dict[str, Tensor]:
+    every = load_file(Path(str(ROOT)) / arch / "inputs.safetensors")
+    return {k.partition("/")[2]: t for k, t in every.items() if k.startswith(f"{variant}/")}
+
+
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def _composition(setup: str) -> Any:
+    """Returns what AdapterHub's text of a setup means here: "Stack[lang, Fuse[a, b]]"."""
+    made = {
+        "Stack": gt.Stack,
+        "Fuse": gt.Fuse,
+        "Parallel": gt.Parallel,
+        "BatchSplit": lambda a, b: gt.Rows([a, b, b, b]),  # batch_sizes=[1, 3]
+        "Average": lambda a, b: gt.Average(a, b, weights=(0.3 / 2, 0.7 / 2)),  # see OVER_N_TWICE
+    }
+    text = setup.replace("[", "(").replace("]", ")")
+    return eval(text, {"a": "a", "b": "b", "lang": "lang", **made})
+
+
+@pytest.mark.parametrize(("arch", "case"), _cases(), ids=lambda part: part)
+def test_logits_are_those_of_adapterhub(arch: str, case: str) -> None:
+    reason = LEFT_OUT.get(f"{arch}/{case}") or LEFT_OUT.get(case)
+    if reason is not None:
+        pytest.skip(reason)
+    folder, model = Path(str(ROOT)) / arch / case, copy.deepcopy(_base(arch))
+    about = json.loads((folder / "case.json").read_text())
+    for name in about["adapters"]:
+        gt.load(model, folder / f"adapter_{name}", name=name)
+    if about["fusion"]:
+        gt.load(model, folder / "fusion", name="fusion")
+    gt.activate(model, _composition(about["setup"]), drop=len(about["skip_layers"] or ()))
+    expected = load_file(folder / "outputs.safetensors")
+    start, end = f"{about['reference_impl']}/", "/logits"
+    variants = [k[len(start) : -len(end)] for k in expected if k.startswith(start)]
+    compared = 0
+    for variant in variants:
+        if f"{start}{variant}{end}" not in expected:
+            continue
+        if "gated" in case and variant == "padleft":
+            continue  # a gate is a mean over padding too, whose positions differ there
+        inputs, theirs = _inputs(arch, variant), expected[f"{start}{variant}{end}"]
+        mask = inputs.get("attention_mask")
+        _check_close(_logits(model, inputs), theirs, mask if arch in ("gpt2", "llama") else None)
+        compared += 1
+    assert compared
+
+
+def _check_close(ours: Tensor, theirs: Tensor, mask: Tensor | None = None) -> None:
+    difference = (ours - theirs).abs()
+    if mask is not None:
+        difference *= mask.repeat(len(difference) // len(mask), 1).unsqueeze(-1)
+    assert difference.max() <= TOLERANCE * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("case", ["fusion", "fusion_static", "fusion_stack"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_setup_brings_its_adapters_and_its_composition(arch: str, case: str) -> None:
+    folder, model = Path(str(ROOT)) / arch / case, copy.deepcopy(_base(arch))
+    gt.load(model, folder / "setup", allow_pickle=True)
+    expected = load_file(folder / "outputs.safetensors")
+    variant = "full" if arch == "vit" else "nomask"
+    ours = _logits(model, _inputs(arch, variant))
+    _check_close(ours, expected[f"eager/{variant}/logits"])
+
+
+@pytest.mark.parametrize("folder", ["adapter_task", "adapter_task_safetensors"])
+def test_a_flexible_head_is_berts_pooler_and_classifier(folder: str) -> None:
+    case, base = Path(str(ROOT)) / "bert" / "flex_head", _base("bert")
+    config = copy.deepcopy(base.config)
+    config.num_labels = 4
+    model = type(base)(config).eval()
+    same = {k: t for k, t in base.state_dict().items() if not k.startswith("classifier")}
+    model.load_state_dict(same, strict=False)
+    gt.load(model, case / folder, allow_pickle=True)
+    expected = load_file(case / "outputs.safetensors")
+    for variant in ("nomask", "padright"):
+        ours = _logits(model, _inputs("bert", variant))
+        _check_close(ours, expected[f"eager/{variant}/logits"])
