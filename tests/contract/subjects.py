@@ -33,11 +33,13 @@ METHODS: dict[str, Method] = {
     "houlsby": gt.HoulsbyAdapter(bottleneck=4, init="zero-up"),
     "pfeiffer": gt.PfeifferAdapter(reduction=8, init="zero-up"),
     "parallel": gt.ParallelAdapter(sublayers=("attention", "cross-attention", "ffn")),
+    "compacter": gt.Compacter(bottleneck=4, init="zero-up", phm_init_range=0.5),
+    "compacterpp": gt.CompacterPlusPlus(bottleneck=4, init="zero-up", phm_init_range=0.5),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
-NOT_LINEAR = ("houlsby", "pfeiffer", "parallel")
+NOT_LINEAR = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterpp")
 """Methods that can't be merged: no weight does what they do."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {
@@ -50,7 +52,10 @@ REFUSALS: dict[tuple[str, str, str], str] = {
     },
     ("rows", "bitfit", "deberta-v2"): "runs once for all rows",
     ("rows", "norms", "deberta-v2"): "runs once for all rows",
-    ("rows", "houlsby", "deberta-v2"): "runs once for all rows",
+    **{
+        ("rows", m, "deberta-v2"): "runs once for all rows"
+        for m in ("houlsby", "compacter", "compacterpp")
+    },
     **{
         ("rows", "selective", family): "runs once for all rows"
         for family in ("deberta-v2", "t5", "mt5", "swin")

@@ -144,6 +144,10 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("BERT-base", gt.PfeifferAdapter(layers="5:"), 521_808),
     ("BART-large", gt.ParallelAdapter(bottleneck=512), 25_202_688),
     ("BERT-base", gt.ParallelAdapter(bottleneck=48), 894_528),
+    ("T5-base", gt.Compacter(), 161_728),
+    ("T5-base", gt.CompacterPlusPlus(), 104_704),
+    ("BERT-base", gt.Compacter(train_norms=False), 24 * 2_376 + 64),
+    ("LLaMA-7B", gt.CompacterPlusPlus(), 32 * (2 * 4_096 + 2 * 128 + 4_096 + 128) + 64 + 266_240),
     ("BERT-base", gt.ParallelAdapter(scale="learned"), 12 * (2 * 768 * 384 + 768 + 384 + 1)),
 ]
 

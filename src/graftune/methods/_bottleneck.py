@@ -133,15 +133,21 @@ class BottleneckDelta(SublayerDelta):
     def change(self, z: Tensor) -> Tensor:
         """Returns s (U phi(D z + c_D) + c_U), `(..., d)`."""
         own: Any = self._parameters  # not by attribute: a hot path
-        if z.dtype is not own["down"].dtype:
-            z = z.to(own["down"].dtype)
+        down, up = self.maps()
+        if z.dtype is not down.dtype:
+            z = z.to(down.dtype)
         if self.norm_before:
             z = self._normed(z, "before")
-        inner = ACTIVATIONS[self.phi](F.linear(z, own["down"], own["down_bias"]))
-        made = F.linear(inner, own["up"], own["up_bias"])
+        inner = ACTIVATIONS[self.phi](F.linear(z, down, own["down_bias"]))
+        made = F.linear(inner, up, own["up_bias"])
         if self.learns_scale:
             return made * own["scale"]
         return made if self.s == 1.0 else made * self.s
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """Returns D, `(k, d)`, and U, `(d, k)`."""
+        own: Any = self._parameters
+        return own["down"], own["up"]
 
     def opened(self, z: Tensor) -> Tensor:
         """Returns the gate of each row, `(rows, 1, 1)`: its mean over tokens, padding included.
@@ -183,6 +189,7 @@ class BottleneckMethod(Method):
     """What adapters with a bottleneck have in common."""
 
     default_lr: ClassVar[float] = 1e-3
+    inits: ClassVar[tuple[str, ...]] = INITS
 
     sublayers: tuple[str, ...] = ("ffn",)
     """Which get one: "attention", "cross-attention", "ffn"."""
@@ -233,7 +240,7 @@ class BottleneckMethod(Method):
         for kind in self.sublayers:
             self._check_one("sublayers", kind, KINDS)
         self._check_one("activation", self.activation, tuple(ACTIVATIONS))
-        self._check_one("init", self.init, INITS)
+        self._check_one("init", self.init, self.inits)
         for field in ("dropout", "stochastic_depth"):
             self._check_number(field, 0, 1, open_high=True)
         if self.bottleneck is not None:
