@@ -142,7 +142,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return run(*args)
         if not any(map(_needs_grad, args)):
-            if not _trains(run):
+            if not _trains(run, self.active.current().drop):
                 with _without_checkpoints(_modules_of(run)):
                     return run(*args)
             if self.is_reentrant:
@@ -154,12 +154,21 @@ def _needs_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _trains(run: Callable[..., Any]) -> bool:
+def _trains(run: Callable[..., Any], drop: int) -> bool:
     """Whether a call makes a gradient by itself; true where what it calls can't be told."""
     if any(map(_needs_grad, getattr(run, "keywords", {}).values())):
         return True
     modules = _modules_of(run)
-    return not modules or any(p.requires_grad for m in modules for p in m.parameters())
+    idle = _dropped(modules, drop) if drop else set[int]()
+    found = (p for module in modules for p in module.parameters() if id(p) not in idle)
+    return not modules or any(p.requires_grad for p in found)
+
+
+def _dropped(modules: list[nn.Module], drop: int) -> set[int]:
+    """Returns the ids of the tensors of sites that a drop leaves out."""
+    parts: list[Any] = [part for module in modules for part in module.modules()]
+    sites = [p for p in parts if isinstance(p.__dict__.get("active"), Active) and p.layer < drop]
+    return {id(tensor) for site in sites for tensor in site.parameters()}
 
 
 def _modules_of(run: Callable[..., Any]) -> list[nn.Module]:
