@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import graftune as gt
 from graftune.errors import AdapterError
-from graftune.sites.state import Active, Plan
+from graftune.sites.plan import Plan, joined, taken
+from graftune.sites.state import Active
 from tests.contract.subjects import logits, shake
 from tests.families import FAMILIES
 
@@ -193,15 +194,17 @@ def test_a_longer_batch_gives_each_member_neighbouring_rows(
 ) -> None:
     plan = Plan.of(gt.Rows(["a", "b", "a"]))
     device = torch.device("cpu")
-    assert plan.indices(0, batch, device).tolist() == first
-    assert plan.indices(1, batch, device).tolist() == second
-    assert plan.indices(0, batch, device) is plan.indices(0, batch, device)
+    rows = torch.arange(batch)
+    assert taken(rows, plan.rows(0, batch, device)).tolist() == first
+    assert taken(rows, plan.rows(1, batch, device)).tolist() == second
+    parts = [(at, taken(rows, at)) for at in (plan.rows(g, batch, device) for g in (1, 0))]
+    assert joined(parts).tolist() == rows.tolist()
 
 
 def test_a_batch_that_is_no_multiple_is_refused() -> None:
     plan = Plan.of(gt.Rows(["a", "b", "a"]))
     with pytest.raises(AdapterError, match="Rows names 3 rows, but a module saw a batch of 4"):
-        plan.indices(0, 4, torch.device("cpu"))
+        plan.rows(0, 4, torch.device("cpu"))
 
 
 def test_pins_of_threads_are_counted_whole() -> None:

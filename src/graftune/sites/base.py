@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from graftune.composition import Fused, Step, Steps, names_in
 from graftune.errors import AdapterError
 from graftune.sites import hosts
-from graftune.sites.plan import ALWAYS
+from graftune.sites.plan import ALWAYS, RowsAt, joined, taken
 from graftune.sites.state import Active
 
 
@@ -119,11 +119,9 @@ class Seen(NamedTuple):
     norm: nn.Module | None = None
     """The norm of their sum, in post-norm blocks."""
 
-    def rows(self, at: Tensor) -> Seen:
+    def rows(self, at: RowsAt) -> Seen:
         """Returns some rows of it."""
-        read, added = (
-            t if t is None else t.index_select(0, at) for t in (self.input, self.residual)
-        )
+        read, added = (t if t is None else taken(t, at) for t in (self.input, self.residual))
         return Seen(read, added, self.norm)
 
 
@@ -320,11 +318,31 @@ class Site(nn.Module):
         """Whether an adapter that takes part in some steps has something here."""
         return any(name in self._modules for name in names_in(steps))
 
-    def mixed_rows(self, batch: int, device: torch.device) -> Iterator[tuple[Steps, Tensor]]:
+    def mixed_rows(self, batch: int, device: torch.device) -> Iterator[tuple[Steps, RowsAt]]:
         """Yields (steps, rows) of the plan in force for a batch."""
         plan = self.active.current()
         for group, (steps, _) in enumerate(plan.groups or ()):
-            yield steps, plan.indices(group, batch, device)
+            yield steps, plan.rows(group, batch, device)
+
+    def mixed(self, value: Tensor, change: Callable[[Steps, RowsAt, Tensor], Tensor]) -> Tensor:
+        """Returns a value of which each group's rows are as its own steps change them.
+
+        Args:
+            value: `(batch, ...)`.
+            change: takes steps, the rows they act on, and these rows of the value.
+        """
+        parts: list[tuple[RowsAt, Tensor]] = []
+        is_changed = False
+        for steps, at in self.mixed_rows(value.shape[0], value.device):
+            part = taken(value, at)
+            if self.acts(steps):
+                part, is_changed = change(steps, at, part), True
+            parts.append((at, part))
+        return joined(parts) if is_changed else value
+
+    def acts(self, steps: Steps) -> bool:
+        """Whether this site's hook changes something in some steps."""
+        return self.holds(steps)
 
 
 def branched(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graftune.composition import Steps
 from graftune.sites.base import Site, branched
 from graftune.sites.hosts import row_index
-from graftune.sites.plan import ALWAYS
+from graftune.sites.plan import ALWAYS, taken
 from graftune.sites.state import Active
 
 
@@ -54,23 +54,24 @@ class LinearSite(Site):
 
     def after(self, host: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         """Returns the host's output with the active deltas in it. The forward hook."""
-        active, sites = self.active, self.sites
+        active = self.active
         plan = active.current() if active.overridden else active.plan
         if plan.drop > self.layer:
             return y
         if plan.groups is None:
             return self._changed(plan.steps, args[0], y, host)
-        for steps, at in self.mixed_rows(y.shape[0], y.device):
-            if any(site.holds(steps) for site in sites):
-                x, some = args[0].index_select(0, at), y.index_select(0, at)
-                y = y.index_copy(0, at, self._changed(steps, x, some, host))
-        return y
+        x = args[0]
+        return self.mixed(y, lambda steps, at, some: self._changed(steps, taken(x, at), some, host))
+
+    def acts(self, steps: Steps) -> bool:
+        """See `Site.acts`: it runs the deltas of all sites of the host."""
+        return any(site.holds(steps) for site in self.sites)
 
     def _changed(self, steps: Steps, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
         sites = self.sites
         for step in steps:
             if type(step) is not str:
-                y = branched(step, y, lambda s, v: self._changed(s, x, v, host), self._hold)
+                y = branched(step, y, lambda s, v: self._changed(s, x, v, host), self.acts)
                 continue
             for site in sites:
                 delta: Any = site._modules.get(step)
@@ -83,9 +84,6 @@ class LinearSite(Site):
                     part = delta.forward(x, y.index_select(-1, index), host)
                     y = y.index_copy(-1, index, part)
         return y
-
-    def _hold(self, steps: Steps) -> bool:
-        return any(site.holds(steps) for site in self.sites)
 
 
 def _output_sites(host: nn.Module) -> list[LinearSite]:
@@ -114,9 +112,7 @@ class InputSite(Site):
             return args
         if plan.groups is None:
             return (self._changed(plan.steps, x, host), *args[1:])
-        for steps, at in self.mixed_rows(x.shape[0], x.device):
-            if self.holds(steps):
-                x = x.index_copy(0, at, self._changed(steps, x.index_select(0, at), host))
+        x = self.mixed(x, lambda steps, _at, some: self._changed(steps, some, host))
         return (x, *args[1:])
 
     def _changed(self, steps: Steps, x: Tensor, host: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ from graftune.composition import Fused, Mean, Steps
 from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.base import Delta, Graft, ParameterDelta, ParameterPlace, Site, is_base
-from graftune.sites.plan import ALWAYS, Plan
+from graftune.sites.plan import ALWAYS, Plan, RowsAt, joined, taken
 from graftune.sites.state import Active
 
 
@@ -184,11 +184,13 @@ class ParameterSite(Site):
         self, host: nn.Module, plan: Plan, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         batch = output.shape[0]
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[RowsAt, Tensor | None]] = []
         for steps, at in self.mixed_rows(batch, output.device):
-            if self.holds(steps):
-                with self.active.pinned(plan.inner(steps)):
-                    parts.append((at, host(*_rows(args, at, batch), **_rows(kwargs, at, batch))))
+            if not self.holds(steps):
+                parts.append((at, None))
+                continue
+            with self.active.pinned(plan.inner(steps)):
+                parts.append((at, host(*_rows(args, at, batch), **_rows(kwargs, at, batch))))
         return _put(output, parts)
 
 
@@ -198,28 +200,25 @@ def _as_computed(value: Tensor, host: nn.Module) -> Tensor:
     return value if weight is None or not weight.is_floating_point() else value.to(weight.dtype)
 
 
-def _rows(given: Any, at: Tensor, batch: int) -> Any:
+def _rows(given: Any, at: RowsAt, batch: int) -> Any:
     """Returns the arguments of a call with the rows `at` of those that have one per row."""
     if isinstance(given, dict):
         return {key: _rows(value, at, batch) for key, value in given.items()}
     if isinstance(given, tuple):
         return tuple(_rows(value, at, batch) for value in given)
     if isinstance(given, Tensor) and given.ndim and given.shape[0] == batch:
-        return given.index_select(0, at)
+        return taken(given, at)
     return given
 
 
-def _put(output: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    widths = {tuple(part.shape[1:]) for _, part in parts}
-    if widths == {tuple(output.shape[1:])}:
-        for at, part in parts:
-            output = output.index_copy(0, at, part.to(output.dtype))
-        return output
-    rows = sum(len(at) for at, _ in parts)
-    if len(widths) > 1 or rows != output.shape[0]:
+def _put(output: Tensor, parts: list[tuple[RowsAt, Tensor | None]]) -> Tensor:
+    """Returns the output with some rows as they were computed again."""
+    whole = [(at, taken(output, at) if part is None else part) for at, part in parts]
+    widths = {tuple(part.shape[1:]) for _, part in whole}
+    if len(widths) > 1:
         raise AdapterError(
-            "Rows mixes heads of different sizes, "
-            f"{sorted({*widths, tuple(output.shape[1:])})}: put rows of one size in a batch."
+            f"Rows mixes heads of different sizes, {sorted(widths)}: put rows of one size in a "
+            "batch."
         )
-    order = torch.argsort(torch.cat([at for at, _ in parts]))
-    return torch.cat([part for _, part in parts]).index_select(0, order)
+    dtype = output.dtype
+    return joined([(at, part if part.dtype is dtype else part.to(dtype)) for at, part in whole])

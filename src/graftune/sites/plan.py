@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,8 @@ from graftune.composition import (
 )
 from graftune.errors import AdapterError
 
+RowsAt = slice | Tensor
+"""Rows of a batch: a run of them, or their numbers."""
 ALWAYS = 1 << 30
 """Layer of a site that no drop reaches."""
 
@@ -100,12 +102,24 @@ class Plan:
             drop = low if low == high else int(torch.randint(low, high + 1, (), device="cpu"))
         return self if drop == self.drop else dataclasses.replace(self, drop=drop)
 
-    def indices(self, group: int, batch: int, device: torch.device) -> Tensor:
-        """Returns the rows, `(n,)` int64, of a batch of k * size rows that belong to a group.
+    def rows(self, group: int, batch: int, device: torch.device) -> RowsAt:
+        """Returns the rows of a batch of k * size that belong to a group: a run, or `(n,)` int64.
 
         Raises:
             AdapterError: if the batch isn't a multiple of the rows named.
         """
+        assert self.groups is not None
+        self._check_batch(batch)
+        members, k = self.groups[group][1], batch // self.size
+        if members[-1] - members[0] == len(members) - 1:
+            return slice(members[0] * k, (members[-1] + 1) * k)
+        key = (group, batch, device)
+        if key not in self._indices:
+            at = torch.tensor(members, device=device)
+            self._indices[key] = (at[:, None] * k + torch.arange(k, device=device)).flatten()
+        return self._indices[key]
+
+    def _check_batch(self, batch: int) -> None:
         if self.copies > 1 and threading.get_ident() not in self.copying:
             raise AdapterError(
                 "Parallel copies the rows in a forward pass of the whole model, and this was a "
@@ -116,10 +130,24 @@ class Plan:
                 f"Rows names {self.size} rows, but a module saw a batch of {batch}: give one "
                 "member per row of the batch."
             )
-        key = (group, batch, device)
-        if key not in self._indices:
-            k = batch // self.size
-            assert self.groups is not None
-            at = torch.tensor(self.groups[group][1], device=device)
-            self._indices[key] = (at[:, None] * k + torch.arange(k, device=device)).flatten()
-        return self._indices[key]
+
+
+def taken(tensor: Tensor, at: RowsAt) -> Tensor:
+    """Returns some rows of a tensor, without a copy where they follow each other."""
+    return tensor[at] if isinstance(at, slice) else tensor.index_select(0, at)
+
+
+def joined(parts: Sequence[tuple[RowsAt, Tensor]]) -> Tensor:
+    """Returns one tensor from parts that cover its rows; each is copied once or twice."""
+    runs = all(isinstance(at, slice) for at, _ in parts)
+    if runs:
+        ordered = sorted(parts, key=lambda part: part[0].start)  # type: ignore[union-attr]
+        return torch.cat([part for _, part in ordered])
+    device = parts[0][1].device
+    order = torch.cat(
+        [
+            torch.arange(at.start, at.stop, device=device) if isinstance(at, slice) else at
+            for at, _ in parts
+        ]
+    )
+    return torch.cat([part for _, part in parts]).index_select(0, order.argsort())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graftune.composition import Fused, Steps
 from graftune.sites.base import Bottleneck, Seen, Site, SublayerDelta, SublayerPlace, branched
-from graftune.sites.plan import ALWAYS
+from graftune.sites.plan import ALWAYS, RowsAt
 from graftune.sites.state import Active
 
 
@@ -105,12 +105,14 @@ class SublayerSite(Site):
 
     def _mixed(self, h: Tensor, seen: Seen) -> Tensor:
         plan = self.active.current()
-        for steps, at in self.mixed_rows(h.shape[0], h.device):
-            if self.holds(steps):
-                with self.active.pinned(plan.inner(steps)):  # what the norm of these rows is
-                    part = self._changed(steps, h.index_select(0, at), seen.rows(at))
-                h = h.index_copy(0, at, part)
-        return h
+
+        def change(steps: Steps, at: RowsAt, part: Tensor) -> Tensor:
+            if seen.norm is None:
+                return self._changed(steps, part, seen.rows(at))
+            with self.active.pinned(plan.inner(steps)):  # so that the norm is that of these rows
+                return self._changed(steps, part, seen.rows(at))
+
+        return self.mixed(h, change)
 
     def _changed(self, steps: Steps, h: Tensor, seen: Seen) -> Tensor:
         for step in steps:
