@@ -35,11 +35,12 @@ METHODS: dict[str, Method] = {
     "parallel": gt.ParallelAdapter(sublayers=("attention", "cross-attention", "ffn")),
     "compacter": gt.Compacter(bottleneck=4, init="zero-up", phm_init_range=0.5),
     "compacterpp": gt.CompacterPlusPlus(bottleneck=4, init="zero-up", phm_init_range=0.5),
+    "adapterplus": gt.AdapterPlus(reduction=8, init="zero-up"),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
-NOT_LINEAR = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterpp")
+NOT_LINEAR = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterpp", "adapterplus")
 """Methods that can't be merged: no weight does what they do."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {

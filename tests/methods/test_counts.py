@@ -144,6 +144,8 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("BERT-base", gt.PfeifferAdapter(layers="5:"), 521_808),
     ("BART-large", gt.ParallelAdapter(bottleneck=512), 25_202_688),
     ("BERT-base", gt.ParallelAdapter(bottleneck=48), 894_528),
+    ("ViT-B/16", gt.AdapterPlus(), 165_984),
+    ("ViT-B/16", gt.AdapterPlus(bottleneck=16), 313_536),
     ("T5-base", gt.Compacter(), 161_728),
     ("T5-base", gt.CompacterPlusPlus(), 104_704),
     ("BERT-base", gt.Compacter(train_norms=False), 24 * 2_376 + 64),
