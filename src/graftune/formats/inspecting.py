@@ -5,14 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from graftune.errors import FormatError
 from graftune.formats import directory
+from graftune.formats.adapterhub import folder as adapterhub
+from graftune.formats.adapterhub.folder import is_here as is_adapterhub
 from graftune.formats.atomic import read_whole
-from graftune.formats.servers import Contents, Verdict, verdicts
+from graftune.formats.servers import Contents, Verdict, foreign_verdicts, verdicts
 from graftune.formats.tensors import TensorEntry, TensorFile, nonfinite
 
 # PEFT's names of the methods it has; ours for the others are not among them.
@@ -25,6 +27,8 @@ PEFT_TYPES = (
     *("SUPERTUNING", "DEFT"),
 )
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?A(\.weight)?$")
+_ALSO_PEFT = ("LoRA", "DoRA", "VeRA", "IA3")
+"""Methods of AdapterHub's that become PEFT's."""
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -97,6 +101,8 @@ def inspect(path: str | Path, *, check_values: bool = False) -> Inspection:
 
 
 def _inspect(folder: Path, shown: str, check_values: bool) -> Inspection:
+    if is_adapterhub(folder):
+        return _inspect_adapterhub(folder, shown, check_values)
     found = directory.read(folder)
     if found.tensors is None:
         raise FormatError(
@@ -124,6 +130,48 @@ def _inspect(folder: Path, shown: str, check_values: bool) -> Inspection:
         nonfinite=nonfinite(found.tensors) if check_values else None,
         verdicts=verdicts(contents, peft_types),
     )
+
+
+def _inspect_adapterhub(folder: Path, shown: str, check_values: bool) -> Inspection:
+    if (folder / adapterhub.SETUP).is_file():
+        below = sorted(e.name for e in folder.iterdir() if e.is_dir() and is_adapterhub(e))
+        raise FormatError(
+            f'"{shown}" is a setup of several adapters: inspect one of {", ".join(below)} in it.'
+        )
+    found = adapterhub.read(folder)
+    if found.tensors is None:
+        raise FormatError(
+            f'"{shown}" keeps its weights as a pickle ({found.pickle}), which is not opened.'
+        )
+    entries = tuple(
+        found.tensors.entries[name]
+        for name in sorted(found.tensors.entries)
+        if ".pool." not in name  # copies of others
+    )
+    r = found.settings.get("r")
+    return Inspection(
+        path=shown,
+        wrote=found.wrote,
+        method=found.method,
+        base=str(found.config.get("model_name") or ""),
+        base_class=found.config.get("model_class"),
+        task=None,
+        settings={k: v for k, v in found.settings.items() if v is not None},
+        ranks=(r,) if isinstance(r, int) and found.method != "IA3" else (),
+        targets=_adapterhub_targets(found.name, entries),
+        heads=found.head_names,
+        tensors=entries,
+        parameters=sum(entry.count for entry in entries),
+        size=found.size + (0 if found.head is None else found.head.size),
+        nonfinite=nonfinite(found.tensors) if check_values else None,
+        verdicts=foreign_verdicts("AdapterHub", found.method in _ALSO_PEFT),
+    )
+
+
+def _adapterhub_targets(name: str, entries: Iterable[TensorEntry]) -> dict[str, int]:
+    """Returns how many modules adapters hang on, by the last parts of their names."""
+    hosts = {entry.name.partition(f".{name}.")[0].rpartition(".")[0] for entry in entries}
+    return dict(sorted(collections.Counter(host.rpartition(".")[2] for host in hosts).items()))
 
 
 def _factors(file: TensorFile) -> tuple[dict[str, int], tuple[int, ...]]:

@@ -82,6 +82,13 @@ def verdicts(contents: Contents, peft_types: Sequence[str]) -> tuple[Verdict, ..
     return tuple(found)
 
 
+def foreign_verdicts(program: str, converts: bool) -> tuple[Verdict, ...]:
+    """Returns the verdicts on a directory that only `program`, and graftune, read as it is."""
+    obstacle = f"it is in the form of {program}"
+    mend = "graftune convert --to peft" if converts else "load it with graftune"
+    return tuple(Verdict(reader=reader, obstacles=(obstacle,), mends=(mend,)) for reader in READERS)
+
+
 def _verdict(reader: str, problems: list[tuple[str, str]]) -> Verdict:
     mends = tuple(dict.fromkeys(mend for _, mend in problems if mend))
     return Verdict(reader=reader, obstacles=tuple(text for text, _ in problems), mends=mends)

@@ -48,6 +48,32 @@ class Folder(Directory):
         return str(self.config.get("name"))
 
     @property
+    def method(self) -> str:
+        """A short name of its method, for people."""
+        given = self.settings
+        if self.is_fusion:
+            return "AdapterFusion"
+        kind = given.get("architecture") or ("Compacter" if given.get("phm_layer") else None)
+        if kind is None:
+            return "parallel bottleneck" if given.get("is_parallel") else "bottleneck"
+        if kind != "lora":
+            return str(kind)
+        if given.get("composition_mode") == "scale":
+            return "IA3"
+        if given.get("vera_d") is not None or given.get("vera_b") is not None:
+            return "VeRA"
+        return "DoRA" if given.get("use_dora") else "LoRA"
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The modules of the head that lies beside it; "head" where a pickle hides them."""
+        if self.head is None:
+            return ()
+        if self.head.tensors is None:
+            return ("head",)
+        return tuple(sorted({name.rpartition(".")[0] for name in self.head.tensors.entries}))
+
+    @property
     def wrote(self) -> str:
         """The program that wrote it, with its version where known."""
         return wrote(self.config)
