@@ -12,7 +12,15 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, ROUNDS, Row, single_thread
 
-NAMES = ("import_time", "lora_call", "lora_step", "backward_cut", "load_100", "whole_job")
+NAMES = (
+    "import_time",
+    "lora_call",
+    "lora_step",
+    "backward_cut",
+    "adapter_drop",
+    "load_100",
+    "whole_job",
+)
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 

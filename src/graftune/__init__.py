@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graftune import methods as methods
     from graftune.adapter import Adapter, activate, adapters, attach, detach, state_of, using
     from graftune.anatomy import Anatomy, resolve
+    from graftune.combining import combine
     from graftune.composition import AdapterDrop, Average, Fuse, Parallel, Rows, Stack
     from graftune.counting import summary
     from graftune.formats import inspect, load
@@ -58,6 +59,7 @@ _HOMES = {
     "activate": "adapter",
     "adapters": "adapter",
     "attach": "adapter",
+    "combine": "combining",
     "detach": "adapter",
     "fusion_weights": "fusing",
     "prune_fusion": "fusing",
@@ -103,6 +105,7 @@ __all__ = [
     "adapters",
     "anatomy",
     "attach",
+    "combine",
     "detach",
     "fusion_weights",
     "inspect",

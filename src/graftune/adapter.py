@@ -33,6 +33,7 @@ __all__ = [
     "attach",
     "attach_planned",
     "detach",
+    "head_grafts",
     "head_names",
     "plain_model",
     "state_of",
@@ -88,7 +89,7 @@ def attach(
                 grafts = method.plan(model, parts, empty=empty)
             heads = head_names(model, parts, method.train_head)
             if not method.trains_in_place:
-                grafts = grafts + _head_grafts(model, heads, grafts, empty)
+                grafts = grafts + head_grafts(model, heads, grafts, empty=empty)
         return Planned(chosen, grafts, heads)
 
     return attach_planned(model, method, name, plan)
@@ -183,9 +184,17 @@ def head_names(model: nn.Module, parts: Anatomy, choice: HeadChoice) -> tuple[st
     return tuple(dict.fromkeys(found))
 
 
-def _head_grafts(
-    model: nn.Module, heads: tuple[str, ...], taken: list[Graft], empty: bool
+def head_grafts(
+    model: nn.Module, heads: Iterable[str], taken: Iterable[Graft], *, empty: bool
 ) -> list[Graft]:
+    """Returns grafts of the heads' tensors that `taken` doesn't have.
+
+    Args:
+        model: the base.
+        heads: paths of head modules.
+        taken: the method's own grafts.
+        empty: leave them uninitialised, for a file to fill them.
+    """
     have = {graft.place.key for graft in taken}
     names = [
         f"{h}.{n}" if h else n for h in heads for n, _ in model.get_submodule(h).named_parameters()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats.directory import Directory
 from graftune.formats.tensors import listed
 from graftune.methods.base import Method
-from graftune.sites.base import Graft, is_base
-from graftune.sites.parameter import own_value
+from graftune.sites.base import Graft
 
 
 def own_method(found: Directory) -> Method:
@@ -23,21 +22,6 @@ def own_method(found: Directory) -> Method:
     """
     assert found.own is not None
     return Method.from_dict(found.own["method"])
-
-
-def head_grafts(model: nn.Module, heads: Sequence[str], grafts: Sequence[Graft]) -> list[Graft]:
-    """Returns empty grafts of the heads' tensors that `grafts` doesn't have."""
-    have = {graft.place.key for graft in grafts}
-    names = [
-        f"{head}.{name}"
-        for head in heads
-        for name, _ in model.get_submodule(head).named_parameters()
-    ]
-    return [
-        own_value(model, name, empty=True, adds=False)
-        for name in dict.fromkeys(names)
-        if is_base(name) and name not in have
-    ]
 
 
 def fill(

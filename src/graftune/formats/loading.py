@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftune import adapter as adapters
 from graftune.adapter import Adapter, Planned
-from graftune.anatomy import Anatomy
+from graftune.anatomy import Anatomy, anatomy
 from graftune.errors import FormatError, SettingsError
 from graftune.formats import base, directory, peft_types
 from graftune.formats.adapterhub import loading as adapterhub
@@ -19,7 +19,8 @@ from graftune.formats.adapterhub import setups
 from graftune.formats.adapterhub.folder import is_here as is_adapterhub
 from graftune.formats.atomic import read_whole
 from graftune.formats.directory import Directory
-from graftune.formats.filling import check_names, fill, head_grafts, own_method
+from graftune.formats.filling import check_names, fill, own_method
+from graftune.formats.headless import without_heads
 from graftune.formats.hub import located
 from graftune.formats.peft_common import without_prefix
 from graftune.formats.tensors import listed, read_tensors
@@ -43,7 +44,7 @@ def load(
         name: what to call it; None takes the folder's name.
         allow_pickle: also read weights kept as a pickle, by torch's loader that runs no code.
         check_base: compare the base with what was written down of it.
-        head: of AdapterHub's directories, also load the head that lies in one.
+        head: also load the head that lies with it; without, it acts below whatever head there is.
 
     Raises:
         FormatError: a file is missing, broken or not supported; tensors are missing, unexpected or
@@ -64,6 +65,8 @@ def load(
     if own is not None and check_base and not _is_merged(model):
         base.check(model, own["base"], where, skip=own.get("heads", ()))
     with _refused(where, _version(found)):
+        if not head:
+            found, tensors = without_heads(model, _anatomy(model), found, tensors)
         if own is not None and (own_method(found).trains_in_place or not own.get("peft", True)):
             return _load_own(model, found, tensors, where, name)
         kind = peft_types.reader(found.config["peft_type"], where)
@@ -110,8 +113,6 @@ def _read(
         setup = setups.read(folder, where, allow_pickle=allow_pickle, head=head)
         return setup or adapterhub.read(folder, where, allow_pickle=allow_pickle, head=head)
     found = directory.read(folder)
-    if not head:
-        raise SettingsError(f"{where} isn't AdapterHub's: head=False is for their directories.")
     if found.tensors is not None:
         return found, read_tensors(found.tensors.path)
     assert found.pickle is not None
@@ -133,6 +134,11 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         )
 
 
+def _anatomy(model: nn.Module) -> Anatomy:
+    state = model.__dict__.get(adapters.STATE)
+    return anatomy(model) if state is None else state.anatomy
+
+
 def _is_merged(model: nn.Module) -> bool:
     state = model.__dict__.get(adapters.STATE)
     return state is not None and state.merged is not None
@@ -151,7 +157,7 @@ def _load_own(
             check_names(base_parameters(model), named, where, found)
             return Planned(method, [], heads)
         grafts = method.plan_saved(model, parts, named)
-        grafts += head_grafts(model, heads, grafts)
+        grafts += adapters.head_grafts(model, heads, grafts, empty=True)
         fill(grafts, named, where, found)
         return Planned(method, grafts, heads)
 

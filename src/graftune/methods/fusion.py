@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
+from graftune.anatomy.modules import is_in
 from graftune.composition import Stack
 from graftune.errors import AdapterError, SettingsError, nearest
 from graftune.methods.base import HeatMap, Method, register
@@ -276,7 +277,7 @@ def _check_alone(
 ) -> None:
     """Raises SettingsError if a member has more than bottlenecks and a head."""
     for path, names in others.items():
-        in_head = any(path == head or path.startswith(f"{head}.") for head in heads)
+        in_head = is_in(path, heads)
         for name in members if not in_head else ():
             if name in names:
                 raise SettingsError(

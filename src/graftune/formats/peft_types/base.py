@@ -11,7 +11,7 @@ from graftune import adapter as adapters
 from graftune.adapter import Planned
 from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError, nearest
-from graftune.formats.filling import fill, head_grafts, own_method
+from graftune.formats.filling import fill, own_method
 from graftune.formats.peft_common import NO_RULES, PREFIX, common_config, own_values, without_prefix
 from graftune.formats.peft_settings import TASK_HEADS, names, saved_modules, targeted_modules
 from graftune.sites.base import Graft, LinearPlace, base_modules
@@ -160,7 +160,7 @@ class PeftType:
 
         def plan(parts: Anatomy) -> Planned:
             grafts = method.plan(model, parts, empty=True)
-            grafts += head_grafts(model, heads, grafts)
+            grafts += adapters.head_grafts(model, heads, grafts, empty=True)
             given = self.own_tensors(model, grafts, named)
             fill(grafts, _without_repeats(model, given, grafts, saved), where, found)
             return Planned(method, grafts, heads)
