@@ -267,7 +267,8 @@ def test_an_old_task_adapter_names_an_invertible_one_that_it_has_not(tmp_path: P
     ("flags", "told"),
     [
         ({"non_linearity": "geluu"}, 'activation "geluu" is unknown.*Did you mean "gelu"'),
-        ({"phm_layer": True}, "is a Compacter"),
+        ({"phm_layer": True}, "lacks the tensors that all maps share"),
+        ({"phm_layer": True, "phm_bias": False}, "is a Compacter with phm_bias=False"),
         ({"mh_adapter": None}, 'no "mh_adapter"'),
         ({"brand_new": 3}, '"brand_new" \\(3\\), written by AdapterHub adapters 1.3.0, is unknown'),
         ({"residual_before_ln": "post_add", "original_ln_before": False}, "post_add"),
@@ -283,6 +284,35 @@ def test_what_cannot_be_read_is_refused(flags: dict[str, Any], told: str, tmp_pa
     with pytest.raises(FormatError, match=told):
         gt.load(model, path)
     assert gt.adapters(model) == {}
+
+
+def test_a_compacters_maps_are_sums_of_kronecker_products(tmp_path: Path) -> None:
+    config = BOTTLENECK | {"phm_layer": True, "phm_dim": 4, "phm_rank": 1}
+    draw, n, k = torch.Generator().manual_seed(7), 4, WIDTH // 4
+    shapes = {
+        "adapter_down.0.W_left": (n, WIDTH // n, 1),
+        "adapter_down.0.W_right": (n, 1, k // n),
+        "adapter_down.0.b": (k,),
+        "adapter_up.W_left": (n, k // n, 1),
+        "adapter_up.W_right": (n, 1, WIDTH // n),
+        "adapter_up.b": (WIDTH,),
+    }
+    rule = torch.randn(n, n, n, generator=draw)
+    tensors, maps = {"bert.shared_parameters.task.phm_rule": rule}, dict[str, Tensor]()
+    for home in places("bert", ("ffn",)).values():
+        own = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+        tensors |= {f"{home}.adapters.task.{name}": tensor for name, tensor in own.items()}
+        for which in ("adapter_down.0", "adapter_up"):
+            left, right = own[f"{which}.W_left"], own[f"{which}.W_right"]
+            whole = sum(torch.kron(rule[i], left[i] @ right[i]) for i in range(n))
+            assert isinstance(whole, Tensor)
+            maps[f"{home}.adapters.task.{which}.weight"] = whole.t()
+            maps[f"{home}.adapters.task.{which}.bias"] = own[f"{which}.b"]
+    found = load(write(tmp_path / "a", config, tensors, "bert"), "bert")
+    assert isinstance(found.method, gt.CompacterPlusPlus)
+    reference = FAMILIES["bert"].build()
+    patch(reference, "bert", "seq_bn", maps)
+    torch.testing.assert_close(logits(found.model, "bert"), logits(reference, "bert"))
 
 
 def test_sandwich_norms_are_refused(tmp_path: Path) -> None:

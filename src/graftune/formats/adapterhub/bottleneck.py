@@ -95,18 +95,18 @@ class Bottleneck(Kind):
         "stochastic_depth": 0.0,
         "use_gating": False,
         "inv_adapter": None,
-        "phm_layer": False,
     }
     without_effect = (
         *("init_weights_seed", "inv_adapter_reduction_factor", "invertible_adapter"),
         *("factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm"),
-        *("phm_bias", "phm_c_init", "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm"),
-        *("shared_phm_rule", "attention_type", "new_attention_norm"),
+        *("phm_bias", "phm_c_init", "phm_dim", "phm_init_range", "phm_layer", "phm_rank"),
+        *("shared_W_phm", "shared_phm_rule", "attention_type", "new_attention_norm"),
     )
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         """See `Kind.reads`: with fusions the only ones that say nothing of their kind."""
-        return not settings.get("architecture") and "query" not in settings
+        said = settings.get("architecture") or settings.get("phm_layer")
+        return not said and "query" not in settings
 
     def checked(self, settings: Mapping[str, Any], where: str, wrote: str) -> dict[str, Any]:
         """See `Kind.checked`."""
@@ -114,20 +114,48 @@ class Bottleneck(Kind):
         for key in ("mh_adapter", "output_adapter", "non_linearity", "reduction_factor"):
             if config[key] is None:
                 raise FormatError(f'{where}: its settings have no "{key}".')
-        if config["phm_layer"]:
-            raise FormatError(
-                f"{where} is a Compacter (phm_layer), written by {wrote}, which this version does "
-                "not read."
-            )
         return config
 
     def planned(self, reading: Reading, heads: Sequence[str]) -> tuple[Method, list[Graft]]:
         """See `Kind.planned`."""
         _refuse_invertible(reading)
-        method = method_of(reading, heads)
+        method = self.method_of(reading, heads)
         grafts = method.plan(reading.model, reading.anatomy, empty=True)
-        fill(grafts, _named(reading, grafts), reading.where, reading.folder)
+        fill(grafts, self._named(reading, grafts), reading.where, reading.folder)
         return method, grafts
+
+    def method_of(self, reading: Reading, heads: Sequence[str]) -> BottleneckMethod:
+        """Returns AdapterHub's settings as ours.
+
+        Raises:
+            FormatError: they are of no adapter that there is.
+        """
+        config, common = reading.config, common_settings(reading, heads)
+        if config["is_parallel"]:
+            if not config["original_ln_after"]:
+                _warn_lost(reading)
+            return ParallelAdapter(reads="residual", **common)
+        kind = HoulsbyAdapter if config["mh_adapter"] else PfeifferAdapter
+        return kind(**common, **serial_settings(reading))
+
+    def tensors(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """Returns AdapterHub's names of a place's tensors, and ours."""
+        return NORMED_TENSORS if config["ln_before"] else TENSORS
+
+    def shared(self, reading: Reading) -> dict[str, Tensor]:
+        """Returns the tensors that all places share, under our names."""
+        return dict(reading.tensors.shared)
+
+    def _named(self, reading: Reading, grafts: Sequence[Graft]) -> dict[str, Tensor]:
+        """Returns a file's tensors under our names; one that means nothing stays as it is."""
+        keys = {g.place.name: g.place.key for g in grafts if isinstance(g.place, SublayerPlace)}
+        ours, found = self.tensors(reading.config), dict[str, Tensor]()
+        for named in reading.tensors.named:
+            span = span_of(named.block, named.rest)
+            place = keys.get(f"{named.block.path}.{span.kind}") if span is not None else None
+            own = ours.get(named.tensor)
+            found[named.key if place is None or own is None else f"{place}.{own}"] = named.value
+        return {**found, **reading.tensors.strangers, **self.shared(reading)}
 
 
 def _refuse_invertible(reading: Reading) -> None:
@@ -140,14 +168,10 @@ def _refuse_invertible(reading: Reading) -> None:
         )
 
 
-def method_of(reading: Reading, heads: Sequence[str]) -> BottleneckMethod:
-    """Returns AdapterHub's settings as ours.
-
-    Raises:
-        FormatError: they are of no adapter that there is.
-    """
+def common_settings(reading: Reading, heads: Sequence[str]) -> dict[str, Any]:
+    """Returns our settings of any bottleneck."""
     config = reading.config
-    common: dict[str, Any] = {
+    return {
         "sublayers": _sublayers(reading),
         "reduction": _reduction(config["reduction_factor"], reading),
         "bottleneck": None,
@@ -162,19 +186,18 @@ def method_of(reading: Reading, heads: Sequence[str]) -> BottleneckMethod:
         "train_head": tuple(heads) or False,
         "train_norms": False,
     }
-    if config["is_parallel"]:
-        if not config["original_ln_after"]:
-            _warn_lost(reading)
-        return ParallelAdapter(reads="residual", **common)
+
+
+def serial_settings(reading: Reading) -> dict[str, Any]:
+    """Returns our settings that serial bottlenecks have besides."""
+    config = reading.config
     placement, skips = _placement(reading)
-    kind = HoulsbyAdapter if config["mh_adapter"] else PfeifferAdapter
-    return kind(
-        placement=placement,
-        skips=skips,
-        norm_adds_skip=config["ln_after"] and config["adapter_residual_before_ln"],
-        stochastic_depth=config["stochastic_depth"],
-        **common,
-    )
+    return {
+        "placement": placement,
+        "skips": skips,
+        "norm_adds_skip": config["ln_after"] and config["adapter_residual_before_ln"],
+        "stochastic_depth": config["stochastic_depth"],
+    }
 
 
 def _placement(reading: Reading) -> tuple[str, str]:
@@ -249,19 +272,6 @@ def _activation(reading: Reading) -> str:
             f"{', '.join(ACTIVATIONS)}.{nearest(given, ACTIVATIONS)}"
         )
     return ACTIVATIONS[given]
-
-
-def _named(reading: Reading, grafts: Sequence[Graft]) -> dict[str, Tensor]:
-    """Returns a file's tensors under our names; one that means nothing stays as it is."""
-    keys = {g.place.name: g.place.key for g in grafts if isinstance(g.place, SublayerPlace)}
-    ours = NORMED_TENSORS if reading.config["ln_before"] else TENSORS
-    found: dict[str, Tensor] = {}
-    for named in reading.tensors.named:
-        span = span_of(named.block, named.rest)
-        place = keys.get(f"{named.block.path}.{span.kind}") if span is not None else None
-        own = ours.get(named.tensor)
-        found[named.key if place is None or own is None else f"{place}.{own}"] = named.value
-    return {**found, **reading.tensors.strangers, **reading.tensors.shared}
 
 
 KIND = Bottleneck()
