@@ -19,7 +19,7 @@ from graftune.formats.adapterhub.bottleneck import (
 from graftune.methods._bottleneck import BottleneckMethod
 from graftune.methods.compacter import Compacter, CompacterPlusPlus
 
-_SETTINGS = (
+SETTINGS = (
     *("factorized_phm_W", "factorized_phm_rule", "learn_phm", "phm_dim", "phm_rank"),
     *("shared_W_phm", "shared_phm_rule"),
 )
@@ -61,13 +61,14 @@ class Phm(Bottleneck):
         """See `Bottleneck.method_of`."""
         kind = Compacter if reading.config["mh_adapter"] else CompacterPlusPlus
         settings = common_settings(reading, heads) | {"init": "adapterhub"}
-        own = {name: reading.config[name] for name in _SETTINGS}
+        own = {name: reading.config[name] for name in SETTINGS}
         return kind(**settings, **serial_settings(reading), **own)
 
     def tensors(self, config: Mapping[str, Any]) -> Mapping[str, str]:
         """See `Bottleneck.tensors`."""
         at = 1 if config["ln_before"] else 0
-        found = dict(NORMED_TENSORS if config["ln_before"] else TENSORS)
+        plain = NORMED_TENSORS if config["ln_before"] else TENSORS
+        found = {t: o for t, o in plain.items() if not o.startswith(("down", "up"))}
         for theirs, ours in ((f"adapter_down.{at}", "down"), ("adapter_up", "up")):
             found[f"{theirs}.b"] = f"{ours}_bias"
             found[f"{theirs}.W"] = ours
