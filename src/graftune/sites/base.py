@@ -87,6 +87,9 @@ class LinearDelta(Delta):
 class InputDelta(Delta):
     """A delta of what enters a host; every adapter's other change there sees its answer."""
 
+    undoes: ClassVar[bool] = False
+    """Whether it takes back what the adapter did before: of several, the last undoes first."""
+
     def forward(self, x: Tensor, host: nn.Module) -> Tensor:
         """Returns the new input, `(..., in)`."""
         raise NotImplementedError

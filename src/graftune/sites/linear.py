@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class InputSite(Site):
         return (x, *args[1:])
 
     def _changed(self, steps: Steps, x: Tensor, host: nn.Module) -> Tensor:
-        for step in steps:
+        for step in steps if len(steps) < 2 else self._ordered(steps):
             if type(step) is not str:
                 x = branched(step, x, lambda s, v: self._changed(s, v, host), self.holds)
                 continue
@@ -124,3 +124,8 @@ class InputSite(Site):
             if delta is not None:
                 x = delta.forward(x, host)
         return x
+
+    def _ordered(self, steps: Steps) -> Steps:
+        """Returns steps with those that undo something last, in reverse."""
+        undo = [s for s in steps if getattr(self._modules.get(cast(str, s)), "undoes", False)]
+        return (*(s for s in steps if s not in undo), *reversed(undo)) if undo else steps
