@@ -13,7 +13,7 @@ Serial, x what the sublayer's answer h is added to, N the norm of post-norm bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -25,6 +25,8 @@ from graftune.anatomy import Anatomy
 from graftune.anatomy.ports import Sublayer, resolve_sublayers
 from graftune.anatomy.tensors import resolve_norms
 from graftune.errors import AdapterError, SettingsError, nearest
+from graftune.methods._invertible import coupling_count, plan_coupling
+from graftune.methods._maps import ACTIVATIONS, start_pair
 from graftune.methods.base import Method
 from graftune.sites import hosts
 from graftune.sites.base import Bottleneck, Graft, Seen, SublayerDelta, SublayerPlace
@@ -33,18 +35,6 @@ from graftune.sites.parameter import own_value
 KINDS = ("attention", "cross-attention", "ffn")
 INITS = ("near-identity", "bert", "zero-up")
 SKIPS = ("answer", "read", "sum")
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "identity": lambda z: z,
-}
-"""phi by name."""
 
 
 class BottleneckDelta(SublayerDelta):
@@ -92,14 +82,7 @@ class BottleneckDelta(SublayerDelta):
 
     def start_maps(self, init: str) -> None:
         """Sets the initial values of the two projections."""
-        if init == "zero-up":
-            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-            return
-        for tensor in (self.down, self.up):
-            if init == "bert":
-                nn.init.normal_(tensor, std=0.02)
-            else:
-                nn.init.trunc_normal_(tensor, std=0.01, a=-0.02, b=0.02)
+        start_pair(self.down, self.up, init)
 
     def forward(self, h: Tensor, seen: Seen) -> Tensor:
         """See `SublayerDelta.forward`."""
@@ -376,6 +359,12 @@ class SerialMethod(BottleneckMethod):
     """What is read and where it is added: "simple", "adapterhub" or "result"; see the formulas."""
     skips: str = "answer"
     """With "adapterhub", what the change is added to: "answer", what was "read", or the "sum"."""
+    invertible: bool = False
+    """Couple the token embeddings invertibly, and take it back before a language-model head."""
+    invertible_reduction: float = 2
+    """Half of d over the coupling's own k."""
+    undo_at_head: bool = True
+    """Take the coupling back before the language-model head."""
 
     @property
     def source(self) -> str:
@@ -402,6 +391,17 @@ class SerialMethod(BottleneckMethod):
                 f'{self.name}: skips="{self.skips}" is for placement="adapterhub", found '
                 f'placement="{self.placement}".'
             )
+        self._check_number("invertible_reduction", 1e-3)
+
+    def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
+        """See `BottleneckMethod.plan`."""
+        grafts = super().plan(model, anatomy, empty=empty)
+        return grafts + plan_coupling(self, model, anatomy, empty) if self.invertible else grafts
+
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: as `BottleneckMethod.count`, and the coupling's."""
+        coupling = coupling_count(self, model, anatomy) if self.invertible else 0
+        return super().count(model, anatomy) + coupling
 
 
 def _row_dropped(change: Tensor, p: float) -> Tensor:
