@@ -3,7 +3,10 @@ import sys
 
 import pytest
 
-COMMANDS = ["demo", "train", "evaluate", "predict", "inspect", "merge", "methods", "intrinsic"]
+COMMANDS = [
+    *("demo", "train", "evaluate", "predict", "inspect", "convert", "merge", "methods"),
+    "intrinsic",
+]
 HEAVY = ["torch", "transformers", "datasets", "pydantic", "jinja2", "numpy", "rich", "yaml"]
 LIST_MODULES = """
 import sys

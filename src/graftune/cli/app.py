@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from graftune.cli.convert import convert
 from graftune.cli.demo import demo
 from graftune.cli.evaluate import evaluate
 from graftune.cli.helptext import Group, add
@@ -55,4 +56,4 @@ def _top(
     """
 
 
-add(app, demo, train, evaluate, predict, inspect, merge, methods, intrinsic)
+add(app, demo, train, evaluate, predict, inspect, convert, merge, methods, intrinsic)

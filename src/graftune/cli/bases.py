@@ -63,3 +63,92 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{path} is not JSON: {error}.") from None
+
+
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+_OF_HEADS = {
+    "classification": "AutoModelForSequenceClassification",
+    "multilabel_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+    "tagging": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+}
+
+
+def load_model_of(folder: Path, base: str | None, *, head: bool = True) -> Any:
+    """Returns the model that an adapter of any program was made for, without a tokenizer.
+
+    Args:
+        folder: The adapter's directory.
+        base: A base to load instead of the one that the directory names.
+        head: Whether the adapter's head will be loaded, which then needs a place of its size.
+
+    Raises:
+        FormatError: The directory doesn't say its base, or is no adapter's.
+        SettingsError: There is no such base.
+    """
+    import transformers
+
+    from graftune.tasks.base_specs import locate, not_found
+    from graftune.tasks.gguf_models import quiet
+
+    config = _read(folder / "adapter_config.json")
+    if config is None:
+        raise FormatError(f'"{folder}" is no adapter: it has no adapter_config.json.')
+    own = _read(folder / "graftune.json") or {}
+    beside = (_read(folder / "head_config.json") or {}) if head else {}
+    task = _read(folder / "graftune_task.json") or {}
+    named = config.get("base_model_name_or_path") or config.get("model_name")
+    spec = str(base or task.get("base") or named or "")
+    if not spec:
+        raise FormatError(f'"{folder}" names no base model; say which with --base.')
+    source = locate(spec, lambda line: None)
+    kind: Any = getattr(transformers, _class_name(config, own, beside))
+    count = _label_count(folder, own, beside) if head else None
+    labels = {} if count is None else {"num_labels": count, "ignore_mismatched_sizes": True}
+    try:
+        with quiet():
+            return kind.from_pretrained(
+                str(source), use_safetensors=True, trust_remote_code=False, **labels
+            ).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise not_found(spec, " ".join(str(error).split("\n")[0].split())) from error
+
+
+def _class_name(config: dict[str, Any], own: dict[str, Any], head: dict[str, Any]) -> str:
+    """Returns the class of transformers that an adapter needs its base as."""
+    import transformers
+
+    mapped = (config.get("auto_mapping") or {}).get("base_model_class")
+    for name in (own.get("base", {}).get("class"), mapped, config.get("model_class")):
+        if name and hasattr(transformers, str(name)):
+            return str(name)
+    kind = (head.get("config") or {}).get("head_type")
+    return _AUTO.get(str(config.get("task_type"))) or _OF_HEADS.get(str(kind), "AutoModel")
+
+
+def _label_count(folder: Path, own: dict[str, Any], head: dict[str, Any]) -> int | None:
+    """Returns how many classes an adapter's head tells apart, None where it has none of its own."""
+    from graftune.formats.inspecting import inspect
+
+    told = head.get("num_labels") or (head.get("config") or {}).get("num_labels")
+    if told or head:
+        return told
+    try:
+        found = inspect(folder)
+    except FormatError:  # a pickle, which isn't looked into
+        return None
+    heads = own.get("heads") or found.heads
+    ends = tuple(f"{name}.weight" for name in ("classifier", "score", "out_proj"))
+    rows = [
+        entry.shape[0]
+        for entry in found.tensors
+        if entry.name.endswith(ends) and any(f"{name}." in entry.name for name in heads)
+    ]
+    return rows[-1] if rows else None
