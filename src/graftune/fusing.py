@@ -16,7 +16,7 @@ from graftune.methods.fusion import AdapterFusion, FusionDelta, fusions
 
 
 def fusion_weights(
-    model: nn.Module, name: str, data: Iterable[Mapping[str, Tensor]]
+    model: nn.Module, name: str, data: Iterable[Mapping[str, Tensor]], *, drop: int = 0
 ) -> dict[str, Tensor]:
     """Returns each member's mean attention at every fused sublayer, and keeps it for the report.
 
@@ -24,12 +24,13 @@ def fusion_weights(
         model: what the fusion is attached to.
         name: the fusion's.
         data: batches of what the model's forward takes; padding is left out of the mean.
+        drop: lowest blocks in which nothing acts, so that there is nothing to measure.
 
     Returns:
         Per sublayer `(members,)`, in the order of `members`, summing to 1; a pruned one has 0.
 
     Raises:
-        AdapterError: `name` isn't a fusion.
+        AdapterError: `name` isn't a fusion, or all of it is dropped.
         SettingsError: there is no batch.
     """
     adapter = _fusion(model, name)
@@ -42,18 +43,22 @@ def fusion_weights(
     was_training = model.training
     model.eval()
     try:
-        with using(model, name), torch.no_grad():
+        with using(model, name, drop=drop), torch.no_grad():
             for batch in data:
                 for place, weights in _seen(model, layers, batch).items():
                     sums[place][layers[place].kept] += weights.sum(0).to(sums[place])
                     tokens[place] += len(weights)
     finally:
         model.train(was_training)
-    if not all(tokens.values()):
-        raise SettingsError("fusion_weights needs one batch or more, found none.")
-    for place, layer in layers.items():
+    measured = {place: layer for place, layer in layers.items() if tokens[place]}
+    if not measured:
+        raise SettingsError(
+            f"fusion_weights needs one batch or more and a fusion that acts, found none (drop is "
+            f"{drop})."
+        )
+    for place, layer in measured.items():
         layer.attention.copy_(sums[place] / tokens[place])
-    return {place: layer.attention.clone() for place, layer in layers.items()}
+    return {place: layer.attention.clone() for place, layer in measured.items()}
 
 
 def prune_fusion(
@@ -70,7 +75,7 @@ def prune_fusion(
         data: batches to measure on; None takes what was measured last.
 
     Returns:
-        The members kept at every fused sublayer.
+        The members kept at every fused sublayer that was measured.
 
     Raises:
         AdapterError: `name` isn't a fusion, or nothing was measured.
@@ -86,12 +91,13 @@ def prune_fusion(
         )
     if data is not None:
         fusion_weights(model, name, data)
+    measured = {place: layer for place, layer in fusions(adapter).items() if layer.is_measured}
+    if not measured:
+        raise AdapterError(
+            f'Fusion "{name}" was never measured: pass data, or call gt.fusion_weights first.'
+        )
     found: dict[str, tuple[str, ...]] = {}
-    for place, layer in fusions(adapter).items():
-        if not bool(layer.attention.any()):
-            raise AdapterError(
-                f'Fusion "{name}" was never measured: pass data, or call gt.fusion_weights first.'
-            )
+    for place, layer in measured.items():
         best = layer.attention.topk(keep).indices
         layer.kept.zero_()[best] = True
         found[place] = tuple(str(method.members[i]) for i in layer.kept_members())
@@ -101,12 +107,12 @@ def prune_fusion(
 def _seen(
     model: nn.Module, layers: Mapping[str, FusionDelta], batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Returns the attention at each place, `(real tokens, members kept)`, of one batch."""
+    """Returns the attention where the fusion acts, `(real tokens, members kept)`, of one batch."""
     for layer in layers.values():
         layer.seen = []
     try:
         model(**batch)
-        return {p: _real(layer.seen or [], batch) for p, layer in layers.items()}
+        return {p: _real(layer.seen, batch) for p, layer in layers.items() if layer.seen}
     finally:
         for layer in layers.values():
             layer.seen = None

@@ -80,6 +80,11 @@ class FusionDelta(SublayerDelta):
             with torch.no_grad():
                 self.value.fill_diagonal_(1.0)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether its attention was measured on data."""
+        return bool(self.attention.any())
+
     def kept_members(self) -> list[int]:
         """Returns which members take part, by their place in the list."""
         return self.kept.nonzero().flatten().tolist()
@@ -204,8 +209,8 @@ class AdapterFusion(Method):
 
     def heat_maps(self, adapter: Any) -> list[HeatMap]:
         """See `Method.heat_maps`: each member's mean weight in each block, once measured."""
-        found = fusions(adapter)
-        if not all(bool(delta.attention.any()) for delta in found.values()):
+        found = {name: delta for name, delta in fusions(adapter).items() if delta.is_measured}
+        if not found:
             return []
         values = {
             f"{name}.{self._word(at)}": weight
