@@ -63,14 +63,8 @@ def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[st
     """
     found = fingerprint(model, skip)
     ours = f"{found['class']}{_quoted(found['name'])}"
-    theirs = f"{saved.get('class')}{_quoted(saved.get('name'))}"
-    for key, value in (saved.get("sizes") or {}).items():
-        other = found["sizes"].get(key)
-        if other != value:
-            raise BaseMismatchError(
-                f"{where} was made for {theirs} with {key} {value}; this model is {ours} with "
-                f"{key} {other}."
-            )
+    theirs = _named(saved)
+    check_sizes(getattr(model, "config", None), saved, where, ours)
     if (
         None not in (saved.get("weights"), found["weights"])
         and saved["weights"] != found["weights"]
@@ -80,6 +74,25 @@ def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[st
             "the values don't. Load the base model it names, or pass check_base=False if you know "
             "that they may differ (a quantised or converted copy)."
         )
+
+
+def check_sizes(config: Any, saved: dict[str, Any], where: str, ours: str) -> None:
+    """Compares a model's config with the fingerprint an adapter was saved with.
+
+    Raises:
+        BaseMismatchError: a size differs.
+    """
+    for key, value in (saved.get("sizes") or {}).items():
+        other = getattr(config, key, None)
+        if other != value:
+            raise BaseMismatchError(
+                f"{where} was made for {_named(saved)} with {key} {value}; this model is {ours} "
+                f"with {key} {other}."
+            )
+
+
+def _named(saved: dict[str, Any]) -> str:
+    return f"{saved.get('class')}{_quoted(saved.get('name'))}"
 
 
 def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:

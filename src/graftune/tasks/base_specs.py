@@ -77,6 +77,12 @@ def locate(spec: str, note: Callable[[str], object]) -> Path | str:
     return _of_hub(spec)
 
 
+def is_gguf(spec: str) -> bool:
+    """Returns whether `spec` is a GGUF file, which must be converted before it can be read."""
+    demo = DEMOS.get(spec)
+    return (demo.path if demo else spec).endswith(".gguf")
+
+
 def _demo_path(spec: str) -> Path:
     """Returns the folder or file of a demo model inside its installed package."""
     demo = DEMOS.get(spec)

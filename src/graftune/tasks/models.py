@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftune.errors import FormatError, GraftuneError, SettingsError, nearest
-from graftune.tasks.base_specs import listed, locate, not_found
+from graftune.tasks.base_specs import is_gguf, listed, locate, not_found
 from graftune.tasks.gguf_models import quiet
 
 if TYPE_CHECKING:
@@ -99,6 +99,20 @@ def load_base(
     _rename(model, spec)
     folder = source if isinstance(source, Path) else None
     return Base(model=model, tokenizer=tokenizer, spec=spec, folder=folder, fresh=fresh)
+
+
+def base_config(spec: str) -> PreTrainedConfig | None:
+    """Returns a base's configuration without its weights; None where it isn't converted yet.
+
+    Raises:
+        SettingsError: `spec` names nothing.
+        FormatError: what it names is not a model's folder.
+    """
+    if is_gguf(spec):
+        return None
+    source = locate(spec, _to_stderr)
+    with quiet(), _clear_errors(spec, "classification", source):
+        return _config(source, None)
 
 
 def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftune.errors import DataError
-from graftune.tasks import metrics
+from graftune.tasks import beside, dropping, metrics
 from graftune.tasks.data import Example
 from graftune.tasks.models import load_base
 from graftune.tasks.task import Ready, Task, find_task
@@ -29,13 +29,20 @@ class Predictor:
     """The columns of the data that it was trained on."""
 
     @classmethod
-    def load(cls, directory: str | Path, *, base_only: bool = False) -> Predictor:
+    def load(
+        cls, directory: str | Path, *, base_only: bool = False, drop: int | None = None
+    ) -> Predictor:
         """Returns what a run's or an adapter's directory describes, on the GPU where there is one.
+
+        Args:
+            directory: The run's or the adapter's.
+            base_only: Leave the adapter out.
+            drop: Lowest blocks in which nothing acts; None for what it was trained for.
 
         Raises:
             FormatError: The directory is not a finished run's or an adapter's, or the adapter
                 doesn't fit the base.
-            SettingsError: The base isn't there.
+            SettingsError: The base isn't there, or has fewer blocks than are dropped.
         """
         directory = Path(directory)
         told = read_task(directory)
@@ -45,7 +52,11 @@ class Predictor:
         if not base_only:
             from graftune.formats import load
 
-            load(ready.model, adapter, ADAPTER_NAME)
+            others: list[str] = told.get("beside", [])
+            beside.attach(ready.model, beside.kept(directory, others) if others else {})
+            name = ADAPTER_NAME if ADAPTER_NAME not in others else f"{ADAPTER_NAME}-run"
+            loaded = load(ready.model, adapter, name)
+            dropping.activate(loaded, told.get("drop", 0) if drop is None else drop)
         model: Any = ready.model
         model.to(_device())
         return cls(task, ready, told["columns"])

@@ -1,8 +1,9 @@
 """From settings to a trained adapter, its metrics and its predictions.
 
 A run's directory holds `run.yaml` (the settings, every default filled in), `env.json`,
-`metrics.jsonl`, `adapter/`, `checkpoints/`, `predictions.test.jsonl`, `graftune_task.json` (what
-prediction needs, also beside the adapter) and, last, `result.json`.
+`metrics.jsonl`, `adapter/`, `beside/` (the adapters that it attends to), `checkpoints/`,
+`predictions.test.jsonl`, `graftune_task.json` (what prediction needs, also beside the adapter) and,
+last, `result.json`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,12 @@ def linear_probe(
 
 
 def evaluate(
-    run_dir: str | Path, data: str | None = None, split: str = "test", *, batch_size: int = 32
+    run_dir: str | Path,
+    data: str | None = None,
+    split: str = "test",
+    *,
+    batch_size: int = 32,
+    drop: int | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of a run's adapter on its own split or on other data.
 
@@ -86,6 +92,7 @@ def evaluate(
         data: A file, folder or data set name; None for the data the run was made with.
         split: Which part of it.
         batch_size: Rows computed at once.
+        drop: Lowest blocks in which the adapter is left out; None for what it was trained for.
 
     Returns:
         `{"split", "rows", "metrics", "confusion", "labels"}`.
@@ -96,7 +103,7 @@ def evaluate(
     """
     from graftune.tasks.predicting import Predictor, answer, measure_answers, measure_logits
 
-    predictor = Predictor.load(run_dir)
+    predictor = Predictor.load(run_dir, drop=drop)
     task, ready = predictor.task, predictor.ready
     examples = _examples(Path(run_dir), data, split, task, predictor.columns)
     _check_labels(examples, ready.labels)
@@ -123,6 +130,7 @@ def predict(
     *,
     base_only: bool = False,
     max_new_tokens: int = 128,
+    drop: int | None = None,
 ) -> list[dict[str, Any]]:
     """Returns an answer for each text or row, with a run's (or an adapter's) directory.
 
@@ -132,6 +140,7 @@ def predict(
         batch_size: Rows computed at once.
         base_only: Answer with the untrained base instead (a language model, not a classifier).
         max_new_tokens: Longest answer (instructions only).
+        drop: Lowest blocks in which the adapter is left out; None for what it was trained for.
 
     Returns:
         Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`.
@@ -149,7 +158,7 @@ def predict(
         raise DataError(
             "The base alone can't answer with labels: its head is new. Compare with linear_probe."
         )
-    predictor = Predictor.load(run_dir, base_only=base_only)
+    predictor = Predictor.load(run_dir, base_only=base_only, drop=drop)
     return predictor.predict(rows, batch_size, max_new_tokens=max_new_tokens)
 
 

@@ -124,8 +124,20 @@ class TrainSettings(_Section):
     """Type of the base's weights; auto: bfloat16 on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
+    drop: int | tuple[int, int] = 0
+    """Lowest blocks left without adapters (AdapterDrop): so many, always; or [low, high], a number
+    drawn in every training pass, and none otherwise."""
     group_by_length: bool = True
     """Make batches of texts of about one length, so that little is padded."""
+
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _numbers_of_blocks(cls, value: Any) -> Any:
+        given: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given)
+        if len(given) != 2 or not whole or given[0] > given[1]:
+            raise ValueError(f"expected a number of blocks or [low, high], found {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -178,6 +190,9 @@ class RunSettings(_Section):
     """Where the data lies."""
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "LoRA"})
     """The method's `name` and its settings; `graftune methods` lists them."""
+    beside: dict[str, str] = Field(default_factory=dict)
+    """Trained adapters that the method attends to (a fusion's members): names, and the directories
+    of their runs or of the adapters themselves."""
     train: TrainSettings = TrainSettings()
     """How it is trained."""
     out: str | None = None
@@ -208,8 +223,15 @@ class RunSettings(_Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_word(cls, value: str | None) -> str | None:
-        if value is not None and not _NAME.fullmatch(value):
-            raise ValueError(f'"{value}" is no name: use letters, digits, "-" and "_" only')
+        if value is not None:
+            _check_name(value)
+        return value
+
+    @field_validator("beside")
+    @classmethod
+    def _names_are_words(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            _check_name(name)
         return value
 
     @classmethod
@@ -294,6 +316,11 @@ class RunSettings(_Section):
     def run_dir(self) -> Path:
         """The directory of everything that the run writes."""
         return Path(self.out) if self.out else Path("runs") / self.run_name
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'"{name}" is no name: use letters, digits, "-" and "_" only')
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graftune.errors import SettingsError
-from graftune.tasks import workspace
+from graftune.tasks import beside, dropping, workspace
 from graftune.tasks.data import Example, Loaded, load
 from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.models import load_base
@@ -61,6 +62,8 @@ class TrainingRun:
         if "validation" not in data.splits:
             settings = _without_validation(settings)
         method.check_steps(total_steps(settings, len(data.splits["train"])))
+        beside.check_names(settings, method)
+        dropping.check(settings, method)
         run = cls(settings, task, method, data, labels, watcher, began)
         run.notes.extend(data.report.notes)
         if method.prunes and settings.train.select == "best":
@@ -71,7 +74,12 @@ class TrainingRun:
         return run
 
     def plan(self) -> dict[str, Any]:
-        """Returns what the run would do."""
+        """Returns what the run would do.
+
+        Raises:
+            FormatError: What lies beside it is no adapter, or one for another base.
+        """
+        beside.folders(self.settings)
         return {
             "settings": self.settings.to_dict(),
             "data": self.data.report.to_dict(),
@@ -86,15 +94,17 @@ class TrainingRun:
         Raises:
             SettingsError: The run's directory is taken, or holds a run with other settings.
             DataError: The data is not what the resumed run was begun with.
+            FormatError: What lies beside it is no adapter, or one for another base.
             TrainingError: The run can't go on.
         """
         run_dir = self.settings.run_dir
+        others = beside.folders(self.settings, run_dir if resume else None)
         with workspace.claimed(run_dir, resume=resume, overwrite=overwrite):
             finished = self._earlier(run_dir) if resume else None
             if finished is not None:
                 self._note(f"{run_dir} is finished already; nothing was done.")
                 return finished
-            return self._run(run_dir, resume)
+            return self._run(run_dir, resume, others)
 
     def _earlier(self, run_dir: Path) -> RunResult | None:
         """Returns an earlier run's result, None if it isn't finished; refuses other settings."""
@@ -105,8 +115,7 @@ class TrainingRun:
         done = (run_dir / workspace.RESULT).exists()
         return RunResult.load(run_dir) if done else None
 
-    def _run(self, run_dir: Path, resume: bool) -> RunResult:
-        from graftune.adapter import attach
+    def _run(self, run_dir: Path, resume: bool, others: Mapping[str, Path]) -> RunResult:
         from graftune.training.memory import reset_peak_memory
 
         for note in self.notes:
@@ -117,23 +126,44 @@ class TrainingRun:
         reset_peak_memory()
         ready, fresh = self._ready()
         base_bytes = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+        beside.attach(ready.model, beside.keep(others, run_dir))
         encoded = self._encoded(ready)
         if self.task.new_head and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
-        adapter = attach(
-            ready.model,
-            self.method,
-            self.settings.run_name,
-            seed=self.settings.train.seed,
-            data=self._batches(ready, encoded["train"]) if self.method.needs_data else None,
-        )
+        adapter = self._attach(ready, encoded)
         fitted = self._fit(ready, encoded, run_dir, resume)
+        self._measure_attention(ready, encoded)
         self._save(adapter, ready, run_dir)
         measured = self._test(ready, encoded, run_dir)
         result = self._result(ready, adapter, fitted, measured, run_dir, base_bytes)
         workspace.write_text(run_dir / workspace.RESULT, result.to_json())
         self.watcher.on_end(result)
         return result
+
+    def _attach(self, ready: Ready, encoded: Mapping[str, Encoded]) -> Adapter:
+        """Attaches the run's own adapter, and lets it act in the blocks it is for."""
+        from graftune.adapter import attach
+
+        seen = self._batches(ready, encoded["train"].features) if self.method.needs_data else None
+        seed = self.settings.train.seed
+        adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed, data=seen)
+        note = dropping.activate(adapter, self.settings.train.drop)
+        dropping.check_trains(adapter, self.settings.train.drop)
+        if note is not None:
+            self._note(note)
+        return adapter
+
+    def _measure_attention(self, ready: Ready, encoded: Mapping[str, Encoded]) -> None:
+        """Measures what a fusion attends to, on the validation rows where there are some."""
+        if not self.method.fuses:
+            return
+        from graftune.fusing import fusion_weights
+
+        split = "validation" if encoded.get("validation", Encoded()).features else "train"
+        batches = self._batches(ready, encoded[split].features)
+        rest = dropping.schedule(self.settings.train.drop).rest
+        fusion_weights(ready.model, self.settings.run_name, batches, drop=rest)
+        self._note(f"Attention to each adapter was measured on the {split} rows.")
 
     def _ready(self) -> tuple[Ready, tuple[str, ...]]:
         """Returns the base, ready to train, and the names of the tensors that are new in it."""
@@ -150,9 +180,9 @@ class TrainingRun:
         limit = length_limit(self.settings, self.task, base.model, base.tokenizer)
         return Ready(base.model, base.tokenizer, self.labels, limit), base.fresh
 
-    def _batches(self, ready: Ready, encoded: Encoded) -> Iterator[dict[str, Any]]:
-        """Yields the training rows in batches as training sees them, but not shuffled."""
-        collate, rows = self.task.collate(ready), encoded.features
+    def _batches(self, ready: Ready, rows: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """Yields encoded rows in batches as training sees them, but not shuffled."""
+        collate = self.task.collate(ready)
         size = self.settings.train.batch_size or 1
         for start in range(0, len(rows), size):
             batch = self.task.inputs(collate(rows[start : start + size]))
@@ -161,10 +191,18 @@ class TrainingRun:
     def _start_head(
         self, ready: Ready, fresh: Sequence[str], encoded: Mapping[str, Encoded]
     ) -> None:
+        """Fits a new head to what training begins with: the base, or the mean of a fusion's."""
+        from graftune.adapter import using
+        from graftune.composition import Average
         from graftune.tasks.head_start import start_head
 
         splits = {split: encoded[split].features for split in encoded if split != "test"}
-        if not start_head(ready, fresh, splits):
+        members = self.method.fuses
+        rest = dropping.schedule(self.settings.train.drop).rest
+        mean = using(ready.model, Average(*members), drop=rest) if members else nullcontext()
+        with mean:
+            is_started = start_head(ready, fresh, splits)
+        if not is_started:
             self._note("This model's head begins with random values: it isn't one new layer.")
 
     def _encoded(self, ready: Ready) -> dict[str, Encoded]:
@@ -229,6 +267,8 @@ class TrainingRun:
             "columns": self.data.report.columns,
             "chat_template": None if self.task.new_head else ready.tokenizer.chat_template,
             "precision": precision(self.settings),
+            "beside": list(self.settings.beside),
+            "drop": dropping.schedule(self.settings.train.drop).rest,
         }
         adapter.save(run_dir / workspace.ADAPTER)
         for directory in (run_dir / workspace.ADAPTER, run_dir):

@@ -24,13 +24,17 @@ SETTINGS = "run.yaml"
 ENVIRONMENT = "env.json"
 LOG = "metrics.jsonl"
 ADAPTER = "adapter"
+BESIDE = "beside"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.test.jsonl"
 RESULT = "result.json"
 TASK = "graftune_task.json"
 """What prediction needs besides the adapter; in the run's directory and in the adapter's."""
 
-OWN = (SETTINGS, ENVIRONMENT, LOG, ADAPTER, CHECKPOINTS, PREDICTIONS, RESULT, TASK, "report.html")
+OWN = (
+    *(SETTINGS, ENVIRONMENT, LOG, ADAPTER, BESIDE, CHECKPOINTS, PREDICTIONS, RESULT, TASK),
+    "report.html",
+)
 
 _LIBRARIES = ("graftune", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 _TASK_KEYS = ("task", "base", "labels", "max_length", "columns", "chat_template", "precision")
