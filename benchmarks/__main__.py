@@ -18,6 +18,7 @@ NAMES = (
     "lora_step",
     "backward_cut",
     "adapter_drop",
+    "adapterhub",
     "load_100",
     "whole_job",
 )
