@@ -43,7 +43,7 @@ LEFT_OUT: dict[str, str] = {
         (
             *("prefix_tuning", "prefix_tuning_flat", "prefix_tuning_gated", "stack_prefix"),
             *("parallel_prefix", "prompt_tuning", "prompt_tuning_after_bos", "mam", "unipelt"),
-            *("loreft", "noreft", "direft_tied", "seq_bn_inv_nice"),
+            *("loreft", "noreft", "direft_tied"),
         ),
         NO_METHOD,
     ),

@@ -259,8 +259,64 @@ def test_an_old_task_adapter_names_an_invertible_one_that_it_has_not(tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(path, "bert")
-    with pytest.raises(FormatError, match="invertible adapter"):
+    with pytest.raises(FormatError, match=r"8 missing: .*invertible\.F_down"):
         load(write(tmp_path / "b", config, tensors, "bert"), "bert")
+
+
+def coupling(home: str, k: int = 8) -> dict[str, Tensor]:
+    """Returns random tensors of an invertible adapter."""
+    draw, half = torch.Generator().manual_seed(6), 16
+    shapes = {"0.weight": (k, half), "0.bias": (k,), "2.weight": (half, k), "2.bias": (half,)}
+    return {
+        f"{home}.task.{which}.{name}": torch.randn(shape, generator=draw) * 0.3
+        for which in "FG"
+        for name, shape in shapes.items()
+    }
+
+
+NICE = {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}
+OLD_NICE = {"invertible_adapter": {"block_type": "nice", "reduction_factor": 4}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "home", "k"),
+    [
+        (NICE, "transformer.invertible_adapters", 8),
+        (OLD_NICE, "transformer.invertible_lang_adapters", 4),
+    ],
+)
+@pytest.mark.parametrize("wrote", ["GPT2LMHeadModel", "GPT2AdapterModel"])
+def test_an_invertible_adapter_is_read_with_its_inverse_where_the_class_has_it(
+    settings: dict[str, Any], home: str, k: int, wrote: str, tmp_path: Path
+) -> None:
+    config, tensors = BOTTLENECK | settings, coupling(home, k)
+    every = tensors | bottlenecks("gpt2", config)
+    adapter = load(write(tmp_path / "a", config, every, "gpt2", model_class=wrote), "gpt2")
+    found, undone = adapter.state_dict(), wrote == "GPT2AdapterModel"
+    assert adapter.method.undo_at_head is undone
+    assert [g.place.module for g in adapter.grafts if "invertible" in str(dict(g.tensors()))] == [
+        "transformer.drop",
+        *(["lm_head"] if undone else []),
+    ]
+    assert torch.equal(found["invertible.F_down"], tensors[f"{home}.task.F.0.weight"])
+    assert torch.equal(found["invertible.G_up_bias"], tensors[f"{home}.task.G.2.bias"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"inv_adapter": "glow"}, r"an invertible adapter \('glow'\), expected one of the form"),
+        ({}, r"an invertible adapter \(None\)"),
+        (NICE | FORMS["par_bn"], "an invertible adapter beside parallel bottlenecks"),
+    ],
+)
+def test_other_invertible_adapters_are_refused(
+    settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    config = BOTTLENECK | settings
+    tensors = bottlenecks("bert", config) | coupling("bert.invertible_adapters")
+    with pytest.raises(FormatError, match=told):
+        load(write(tmp_path / "a", config, tensors, "bert"), "bert")
 
 
 @pytest.mark.parametrize(

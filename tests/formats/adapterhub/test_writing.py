@@ -38,6 +38,14 @@ WRITTEN: list[tuple[str, Any]] = [
     ("bert", gt.Compacter(train_norms=False, reduction=2)),
     ("llama", gt.CompacterPlusPlus(train_norms=False, reduction=2, shared_W_phm=True)),
     ("t5", gt.Compacter(train_norms=False, reduction=2, shared_phm_rule=False)),
+    ("bert", gt.PfeifferAdapter(reduction=4, invertible=True)),
+    ("gpt2", gt.PfeifferAdapter(reduction=4, invertible=True, undo_at_head=False)),
+    (
+        "t5",
+        gt.HoulsbyAdapter(
+            train_norms=False, invertible=True, invertible_reduction=4, undo_at_head=False
+        ),
+    ),
     ("gpt2", gt.LoRA(r=2, targets=("query", "key", "value", "up"), rslora=True)),
     ("gpt2", gt.LoRA(r=2, targets=("value", "down"), init="pissa")),
     ("llama", gt.LoRA(r=2, targets=("query", "down", "up"), dora=True, alpha=6)),
@@ -135,6 +143,7 @@ def test_the_old_form_of_a_file_is_brought_up_to_date(tmp_path: Path) -> None:
         ("mixtral", gt.PfeifferAdapter(), "models of type mixtral aren't known here; known are"),
         ("gpt2", gt.LoRA(r=2, targets="qv", trainable_tokens=(7,)), "can't change transformer.wte"),
         ("t5", gt.Compacter(train_norms=False, reduction=2), "what maps share in T5"),
+        ("llama", gt.PfeifferAdapter(invertible=True), "undo_at_head=False"),
     ],
     ids=lambda part: getattr(part, "name", part),
 )

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from graftune.errors import FormatError, nearest
+from graftune.formats.adapterhub import invertible
 from graftune.formats.adapterhub.base import Kind, Reading
 from graftune.formats.adapterhub.names import span_of
 from graftune.formats.filling import fill
@@ -95,9 +96,11 @@ class Bottleneck(Kind):
         "stochastic_depth": 0.0,
         "use_gating": False,
         "inv_adapter": None,
+        "inv_adapter_reduction_factor": None,
+        "invertible_adapter": None,
     }
     without_effect = (
-        *("init_weights_seed", "inv_adapter_reduction_factor", "invertible_adapter"),
+        "init_weights_seed",
         *("factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm"),
         *("phm_bias", "phm_c_init", "phm_dim", "phm_init_range", "phm_layer", "phm_rank"),
         *("shared_W_phm", "shared_phm_rule", "attention_type", "new_attention_norm"),
@@ -118,7 +121,7 @@ class Bottleneck(Kind):
 
     def planned(self, reading: Reading, heads: Sequence[str]) -> tuple[Method, list[Graft]]:
         """See `Kind.planned`."""
-        _refuse_invertible(reading)
+        invertible.is_there(reading)
         method = self.method_of(reading, heads)
         grafts = method.plan(reading.model, reading.anatomy, empty=True)
         fill(grafts, self._named(reading, grafts), reading.where, reading.folder)
@@ -155,17 +158,8 @@ class Bottleneck(Kind):
             place = keys.get(f"{named.block.path}.{span.kind}") if span is not None else None
             own = ours.get(named.tensor)
             found[named.key if place is None or own is None else f"{place}.{own}"] = named.value
-        return {**found, **reading.tensors.strangers, **self.shared(reading)}
-
-
-def _refuse_invertible(reading: Reading) -> None:
-    """Raises if there is an invertible adapter; old task adapters name one that they don't have."""
-    named = [key for key in reading.tensors.strangers if "invertible" in key]
-    is_old_task = reading.folder.config.get("type") == "text_task"
-    if named or (reading.config["inv_adapter"] and not is_old_task):
-        raise FormatError(
-            f"{reading.where} has an invertible adapter, which this version does not read."
-        )
+        strangers = {invertible.ours(key): t for key, t in reading.tensors.strangers.items()}
+        return {**found, **strangers, **self.shared(reading)}
 
 
 def common_settings(reading: Reading, heads: Sequence[str]) -> dict[str, Any]:
@@ -197,6 +191,7 @@ def serial_settings(reading: Reading) -> dict[str, Any]:
         "skips": skips,
         "norm_adds_skip": config["ln_after"] and config["adapter_residual_before_ln"],
         "stochastic_depth": config["stochastic_depth"],
+        **invertible.settings(reading),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftune.errors import FormatError
-from graftune.formats.adapterhub import bottleneck, compacter, paths
+from graftune.formats.adapterhub import bottleneck, compacter, invertible, paths
 from graftune.formats.adapterhub.bottleneck import ACTIVATIONS, INITS
 from graftune.methods._bottleneck import BottleneckDelta, BottleneckMethod, SerialMethod
 from graftune.methods.compacter import Compacter
@@ -48,7 +48,11 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     method = adapter.method
     if not isinstance(method, BottleneckMethod):
         return None
-    return settings(adapter, method), _tensors(adapter, method)
+    config, tensors = settings(adapter, method), _tensors(adapter, method)
+    if not isinstance(method, SerialMethod):
+        return config, tensors
+    more, coupling = invertible.written(adapter, method)
+    return config | more, tensors | coupling
 
 
 def settings(adapter: Adapter, method: BottleneckMethod) -> dict[str, Any]:
