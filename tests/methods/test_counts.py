@@ -142,6 +142,8 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("LLaMA-7B", gt.PfeifferAdapter(), 67_248_128),
     ("ViT-B/16", gt.PfeifferAdapter(), 894_528),
     ("BERT-base", gt.PfeifferAdapter(layers="5:"), 521_808),
+    ("BERT-base", gt.PfeifferAdapter(invertible=True), 894_528 + 296_064),
+    ("LLaMA-7B", gt.PfeifferAdapter(invertible=True), 67_248_128 + 8_394_752),
     ("BART-large", gt.ParallelAdapter(bottleneck=512), 25_202_688),
     ("BERT-base", gt.ParallelAdapter(bottleneck=48), 894_528),
     ("ViT-B/16", gt.AdapterPlus(), 165_984),
