@@ -30,8 +30,8 @@ def fusion_weights(
         Per sublayer `(members,)`, in the order of `members`, summing to 1; a pruned one has 0.
 
     Raises:
-        AdapterError: `name` isn't a fusion, or all of it is dropped.
-        SettingsError: there is no batch.
+        AdapterError: `name` isn't a fusion.
+        SettingsError: there is no batch, or all of the fusion is dropped.
     """
     adapter = _fusion(model, name)
     layers = fusions(adapter)
