@@ -39,3 +39,15 @@ def test_a_folder_without_a_run_is_an_error(graftune, tmp_path):
     ended = graftune("predict", tmp_path, "text")
     assert ended.code == 2
     assert "graftune_task.json" in ended.err
+
+
+def test_lowest_blocks_can_be_dropped(graftune, trained):
+    out, _ = trained
+    every = [graftune("predict", out, *TEXTS, "--json", "--drop", n) for n in (0, 1)]
+    assert every[0].json == graftune("predict", out, *TEXTS, "--json").json
+    assert every[1].json != every[0].json
+    measured = graftune("evaluate", out, "--drop", "1", "--json")
+    assert measured.code == 0, measured.err
+    ended = graftune("predict", out, *TEXTS, "--drop", "99")
+    assert ended.code == 2
+    assert "drop is 99: drop leaves out the lowest 99 blocks" in ended.err

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graftune.cli.options import AsJson, Debug
+from graftune.cli.options import AsJson, Debug, Drop
 
 
 def evaluate(
@@ -19,6 +19,7 @@ def evaluate(
         str, typer.Option(help="Which of the run's splits: test, validation or train.")
     ] = "test",
     batch_size: Annotated[int, typer.Option(help="Rows computed at once.", min=1)] = 32,
+    drop: Drop = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -33,7 +34,7 @@ def evaluate(
     from graftune.compare.report import words
     from graftune.tasks.run import evaluate as measure
 
-    found = measure(run, data, split, batch_size=batch_size)
+    found = measure(run, data, split, batch_size=batch_size, drop=drop)
     if as_json:
         screen.print_json(found)
         return

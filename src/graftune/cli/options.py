@@ -11,3 +11,9 @@ AsJson = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an error comes from.")]
+Drop = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Leave the adapter out of so many lowest blocks; else as it was trained."
+    ),
+]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftune.cli.options import AsJson, Debug
+from graftune.cli.options import AsJson, Debug, Drop
 
 
 def predict(
@@ -30,6 +30,7 @@ def predict(
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Answer with the base, without the adapter.")
     ] = False,
+    drop: Drop = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -47,7 +48,9 @@ def predict(
     from graftune.tasks.run import predict as answer
 
     rows = _rows(texts or [], data)
-    found = answer(run, rows, batch_size, base_only=base_only, max_new_tokens=max_new_tokens)
+    found = answer(
+        run, rows, batch_size, base_only=base_only, max_new_tokens=max_new_tokens, drop=drop
+    )
     if out is not None:
         write_lines(found, out)
     if as_json:
