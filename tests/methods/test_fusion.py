@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -269,3 +270,35 @@ def test_a_fusion_can_not_be_merged() -> None:
     fused(model)
     with pytest.raises(AdapterError, match=r"merge takes an adapter's name|can't be merged"):
         gt.merge(model, "ab")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_every_family_it_is_switched_mixed_copied_and_saved(family: str, tmp_path: Any) -> None:
+    base = FAMILIES[family].build()
+    inputs = FAMILIES[family].inputs()
+    expected = logits(base, inputs)
+    model = model_with(family)
+    shake(fused(model), 7)
+    out = logits(model, inputs)
+    assert not torch.allclose(out, expected)
+    with gt.using(model, None):
+        assert torch.equal(logits(model, inputs), expected)
+    scale = max(1.0, out.abs().max().item())
+    with gt.using(model, "b"):
+        alone = logits(model, inputs)
+    if family != "clip":  # whose rows see each other
+        with gt.using(model, gt.Rows(["ab", "b"])):
+            mixed = logits(model, inputs)
+        assert torch.allclose(mixed[0], out[0], atol=1e-5 * scale)
+        assert torch.allclose(mixed[1], alone[1], atol=1e-5 * scale)
+    assert torch.equal(logits(copy.deepcopy(model), inputs), out)
+    for adapter in gt.adapters(model).values():
+        adapter.save(tmp_path / adapter.name)
+    for name in ("a", "b", "ab"):
+        gt.load(base, tmp_path / name, name=name)
+    assert torch.equal(logits(base, inputs), out)
+    for name in ("ab", "a", "b"):
+        gt.activate(model, None)
+        gt.detach(model, name)
+    assert torch.equal(logits(model, inputs), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
