@@ -103,11 +103,7 @@ def load_model_of(folder: Path, base: str | None, *, head: bool = True) -> Any:
         raise FormatError(f'"{folder}" is no adapter: it has no adapter_config.json.')
     own = _read(folder / "graftune.json") or {}
     beside = (_read(folder / "head_config.json") or {}) if head else {}
-    task = _read(folder / "graftune_task.json") or {}
-    named = config.get("base_model_name_or_path") or config.get("model_name")
-    spec = str(base or task.get("base") or named or "")
-    if not spec:
-        raise FormatError(f'"{folder}" names no base model; say which with --base.')
+    spec = base or _named_base(folder, config)
     source = locate(spec, lambda line: None)
     kind: Any = getattr(transformers, _class_name(config, own, beside))
     count = _label_count(folder, own, beside) if head else None
@@ -119,6 +115,15 @@ def load_model_of(folder: Path, base: str | None, *, head: bool = True) -> Any:
             ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise not_found(spec, " ".join(str(error).split("\n")[0].split())) from error
+
+
+def _named_base(folder: Path, config: dict[str, Any]) -> str:
+    task = _read(folder / "graftune_task.json") or {}
+    named = config.get("base_model_name_or_path") or config.get("model_name")
+    spec = task.get("base") or named
+    if not spec:
+        raise FormatError(f'"{folder}" names no base model; say which with --base.')
+    return str(spec)
 
 
 def _class_name(config: dict[str, Any], own: dict[str, Any], head: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ def _part(folder: Path, kind: str, config: dict[str, Any]) -> Directory:
     name, pickle = WEIGHTS[kind]
     weights = folder / name
     if not weights.exists() and not (folder / pickle).exists():
-        raise FormatError(f'"{folder}" has a {kind}, but neither {name} nor {pickle}.')
+        raise FormatError(f'"{folder}" has AdapterHub\'s {kind}, but neither {name} nor {pickle}.')
     present = [folder / file for file in (kind, name) if (folder / file).exists()]
     return Directory(
         path=folder,

@@ -103,12 +103,7 @@ def linears(reading: Reading, wanted: Collection[str]) -> list[Linear]:
         if named.tensor not in wanted:
             strange.append(named.key)
     missing = [keys[at] + n for at, own in groups.items() for n in wanted if n not in own]
-    problems = [f"{len(missing)} missing: {listed(missing)}"] if missing else []
-    problems += [f"{len(strange)} unexpected: {listed(strange)}"] if strange else []
-    if problems:
-        raise FormatError(
-            f"{reading.where}: its tensors don't fit its settings: {'; '.join(problems)}."
-        )
+    _check_names(reading, missing, strange)
     modules = base_modules(reading.model)
     found = [
         linear
@@ -117,6 +112,15 @@ def linears(reading: Reading, wanted: Collection[str]) -> list[Linear]:
     ]
     _check_settings(reading, found)
     return found
+
+
+def _check_names(reading: Reading, missing: list[str], strange: list[str]) -> None:
+    problems = [f"{len(missing)} missing: {listed(missing)}"] if missing else []
+    problems += [f"{len(strange)} unexpected: {listed(strange)}"] if strange else []
+    if problems:
+        raise FormatError(
+            f"{reading.where}: its tensors don't fit its settings: {'; '.join(problems)}."
+        )
 
 
 def targets(reading: Reading, found: Sequence[Linear]) -> tuple[str, ...]:
