@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from graftune.fusing import fusion_weights, prune_fusion
     from graftune.merging import merge, unmerge
     from graftune.methods.adalora import AdaLoRA
+    from graftune.methods.adapterplus import AdapterPlus
     from graftune.methods.base import register
     from graftune.methods.bitfit import BitFit
+    from graftune.methods.compacter import Compacter, CompacterPlusPlus
     from graftune.methods.diffpruning import DiffPruning
     from graftune.methods.fishmask import FishMask
     from graftune.methods.full import FullFineTuning
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from graftune.methods.lora import LoRA
     from graftune.methods.parallel import ParallelAdapter
     from graftune.methods.pfeiffer import PfeifferAdapter
+    from graftune.methods.prefix import PrefixTuning, PTuningV2
     from graftune.methods.said import SAID
     from graftune.methods.selective import Selective
     from graftune.methods.vera import VeRA
@@ -81,9 +84,12 @@ __all__ = [
     "AdapterCallback",
     "AdapterDrop",
     "AdapterFusion",
+    "AdapterPlus",
     "Anatomy",
     "Average",
     "BitFit",
+    "Compacter",
+    "CompacterPlusPlus",
     "DiffPruning",
     "FishMask",
     "FullFineTuning",
@@ -93,9 +99,11 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "PTuningV2",
     "Parallel",
     "ParallelAdapter",
     "PfeifferAdapter",
+    "PrefixTuning",
     "Rows",
     "Selective",
     "Stack",

@@ -15,6 +15,7 @@ from graftune.composition import Composition, Stack, members_of
 from graftune.errors import AdapterError
 from graftune.sites import hosts
 from graftune.sites.base import (
+    AttentionDelta,
     Delta,
     Graft,
     InputDelta,
@@ -119,7 +120,7 @@ def _changed_tensors(model: nn.Module, adapters: list[Adapter]) -> dict[tuple[st
             if not graft.delta.follows:
                 key = (graft.place.module, graft.place.parameter)
                 steps.setdefault(key, []).append((adapter, graft))
-            if isinstance(graft.delta, SublayerDelta):
+            if isinstance(graft.delta, SublayerDelta | AttentionDelta):
                 raise AdapterError(
                     f'Adapter "{adapter.name}" can\'t be merged: {adapter.method.name} is not '
                     "linear, so no weight does what it does."

@@ -36,14 +36,33 @@ METHODS: dict[str, Method] = {
     "compacter": gt.Compacter(bottleneck=4, init="zero-up", phm_init_range=0.5),
     "compacterpp": gt.CompacterPlusPlus(bottleneck=4, init="zero-up", phm_init_range=0.5),
     "adapterplus": gt.AdapterPlus(reduction=8, init="zero-up"),
+    "prefix": gt.PrefixTuning(length=3, hidden=8),
+    "ptuningv2": gt.PTuningV2(length=3, dropout=0.0),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
-NOT_LINEAR = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterpp", "adapterplus")
+NOT_LINEAR = (
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "compacter",
+    "compacterpp",
+    "adapterplus",
+    "prefix",
+    "ptuningv2",
+)
 """Methods that can't be merged: no weight does what they do."""
 
+OFF_AT_START = ("prefix", "ptuningv2")
+"""Methods that don't start equal to the base: attention is shared with what they add."""
+
 REFUSALS: dict[tuple[str, str, str], str] = {
+    **{
+        ("attach", m, f): "computes its attention itself"
+        for m in ("prefix", "ptuningv2")
+        for f in ("bloom", "deberta-v2")
+    },
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
     **{("rows", "said", family): "changes whole weights" for family in FAMILIES},
     **{
@@ -80,7 +99,7 @@ EAGER_ONLY = ("gemma2",)
 STEPS = 100
 """Optimizer steps that methods with a schedule are told; the suite takes a few of them."""
 
-CASES = [(m, f) for f in FAMILIES for m in METHODS]
+CASES = [(m, f) for f in FAMILIES for m in METHODS if ("attach", m, f) not in REFUSALS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")
 """Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D,
 GQA, sandwich, experts, parallel residual, encoder-decoder, vision."""

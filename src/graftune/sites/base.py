@@ -8,7 +8,8 @@
         │   └── spam: LoRADelta
         ├── parameters: ParameterSite    theta -> value(theta) while the host runs
         │   └── intents: bias: OwnValue
-        └── sublayer: SublayerSite       h -> delta(h, x), h on its way to the residual sum
+        ├── sublayer: SublayerSite       h -> delta(h, x), h on its way to the residual sum
+        └── attention: AttentionSite     more keys and values, below the attention itself
 
 Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
 """
@@ -157,6 +158,50 @@ class SublayerDelta(Delta):
         raise AdapterError(f"A {type(self).__name__} can't be fused: it has no bottleneck.")
 
 
+class AttentionDelta(Delta):
+    """A delta of an attention: keys and values more, or something added to its output."""
+
+    def prefix(self, heads: int) -> tuple[Tensor, Tensor] | None:
+        """Returns keys and values, each `(length, kv heads * head size)`, or None for none.
+
+        Args:
+            heads: of keys and values.
+        """
+        return None
+
+    def added(
+        self, output: Tensor, query: Tensor, module: nn.Module, scaling: float | None
+    ) -> Tensor:
+        """Returns the attention's output, `(B, q, H, D)`, before the output projection.
+
+        Args:
+            output: as the model's own function and all prefixes made it.
+            query: `(B, H, q, D)`, rotated.
+            module: the attention.
+            scaling: what the model multiplies scores by.
+        """
+        return output
+
+
+@dataclass(frozen=True)
+class AttentionPlace:
+    """One attention of a block."""
+
+    module: str
+    """The module that calls the attention function."""
+    kind: str = "attention"
+    parameter: str = ""
+
+    @property
+    def key(self) -> str:
+        """What the names of the tensors at this place begin with."""
+        return f"{self.module}.prefix"
+
+    def size(self, host: nn.Module) -> int:
+        """Returns 0: it changes no entry of the base."""
+        return 0
+
+
 @dataclass(frozen=True)
 class LinearPlace:
     """The output of a host, or those of its features in `rows`; or its input."""
@@ -229,7 +274,7 @@ class SublayerPlace:
         return 0
 
 
-Place = LinearPlace | ParameterPlace | SublayerPlace
+Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace
 
 
 @dataclass(eq=False)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
+from graftune.sites.attention import AttentionSite
 from graftune.sites.base import (
+    AttentionPlace,
     Delta,
     Deltas,
     Graft,
@@ -55,6 +57,10 @@ def insert(
             site.read(model, place, graft.delta.reads)
             site._modules[name], site.places[name] = graft.delta, place
             continue
+        if isinstance(place, AttentionPlace):
+            site = _site(host, "attention", lambda n=layer: AttentionSite(active, n))
+            site._modules[name] = graft.delta
+            continue
         if isinstance(place, LinearPlace):
             site = _site(
                 host, place.site, lambda h=host, p=place, n=layer: _linear_site(active, h, p, n)
@@ -90,6 +96,11 @@ def remove(model: nn.Module, name: str) -> None:
                 del deltas._modules[key]
         if not deltas._modules:
             del host._modules["deltas"]
+    for host in model.modules():
+        deltas = host._modules.get("deltas")
+        left = deltas._modules.get("attention") if isinstance(deltas, Deltas) else None
+        if isinstance(left, AttentionSite):  # others of the same config took our name away
+            left.ready(host, ())
 
 
 def replace_deltas(

@@ -1,0 +1,178 @@
+"""Trained keys and values before those of each attention, direct or made by an MLP.
+
+    direct      P_k (m, kv), P_v (m, kv)           of each attention
+    MLP         [P_k ; P_v] of all layers = W2 tanh(W1 E + c1) + c2;   E (m, d) the same for all
+
+The MLP is a way of training: once it is over, P alone is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy, Span
+from graftune.anatomy.layers import pick_layers
+from graftune.anatomy.modules import parent
+from graftune.errors import SettingsError
+from graftune.sites import hosts
+from graftune.sites.attention import asks_the_registry, base_name, check_implementation
+from graftune.sites.base import AttentionDelta, AttentionPlace
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention that gets a prefix."""
+
+    place: AttentionPlace
+    group: str
+    """Stack and kind: those that share an MLP."""
+    key: int
+    """Width of its keys, over all heads."""
+    value: int
+    options: dict[str, Any]
+
+
+class PrefixValues(AttentionDelta):
+    """P_k and P_v themselves. Shapes: key (m, kv), value (m, kv)."""
+
+    key: nn.Parameter
+    value: nn.Parameter
+
+    def __init__(self, key: Tensor, value: Tensor, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.key, self.value, self.p = nn.Parameter(key), nn.Parameter(value), dropout
+
+    def prefix(self, heads: int) -> tuple[Tensor, Tensor] | None:
+        """See `AttentionDelta.prefix`."""
+        if not self.p or not self.training:
+            return self.key, self.value
+        return F.dropout(self.key, self.p), F.dropout(self.value, self.p)
+
+
+class Mlp(nn.Module):
+    """What makes the prefixes of one group of attentions.
+
+    Shapes: E (m, d), W1 (hidden, d), c1 (hidden), W2 (sum of widths, hidden), c2 (sum of widths).
+    """
+
+    E: nn.Parameter
+    W1: nn.Parameter
+    c1: nn.Parameter
+    W2: nn.Parameter
+    c2: nn.Parameter
+
+    def __init__(self, length: int, width: int, hidden: int, out: int, options: Any) -> None:
+        super().__init__()
+        shapes = {
+            "E": (length, width),
+            "W1": (hidden, width),
+            "c1": (hidden,),
+            "W2": (out, hidden),
+            "c2": (out,),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
+
+    def start(self) -> None:
+        """Sets initial values: E ~ N(0, 1), the maps as linears start."""
+        nn.init.normal_(self.E)
+        for weight, bias in ((self.W1, self.c1), (self.W2, self.c2)):
+            bound = weight.shape[1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Returns some of what it makes, `(m, stop - start)`."""
+        inner = torch.tanh(F.linear(self.E, self.W1, self.c1))
+        return F.linear(inner, self.W2[start:stop], self.c2[start:stop])
+
+
+class PrefixFromMlp(AttentionDelta):
+    """A prefix that an MLP makes, which all attentions of a group share."""
+
+    common: nn.Module
+
+    def __init__(
+        self, common: nn.Module, group: str, at: int, widths: tuple[int, int], dropout: float
+    ) -> None:
+        super().__init__()
+        self.common, self.group, self.at, self.widths, self.p = common, group, at, widths, dropout
+
+    def prefix(self, heads: int) -> tuple[Tensor, Tensor] | None:
+        """See `AttentionDelta.prefix`."""
+        made = cast(Mlp, self.common.get_submodule(self.group)).rows(
+            self.at, self.at + sum(self.widths)
+        )
+        if self.p and self.training:
+            made = F.dropout(made, self.p)
+        key, value = made.split(self.widths, dim=-1)
+        return key, value
+
+    @torch.no_grad()
+    def values(self) -> PrefixValues:
+        """Returns the prefix itself, without the MLP."""
+        key, value = (
+            cast(Mlp, self.common.get_submodule(self.group))
+            .rows(self.at, self.at + sum(self.widths))
+            .split(self.widths, dim=-1)
+        )
+        return PrefixValues(key.clone(), value.clone(), self.p)
+
+
+def attentions(
+    method: str,
+    model: nn.Module,
+    anatomy: Anatomy,
+    kinds: Sequence[str],
+    layers: int | str | tuple[int, ...] | None,
+) -> Iterator[Attention]:
+    """Yields the attentions of some kinds, block by block.
+
+    Raises:
+        SettingsError: there is none, or one can't take a prefix.
+    """
+    blocks = anatomy.blocks if layers is None else pick_layers(anatomy, layers)
+    stacks = {block.path: stack.kind for stack in anatomy.stacks for block in stack.blocks}
+    found = False
+    for block in blocks:
+        for span in block.spans:
+            if span.kind in kinds:
+                found = True
+                group = f"prefix_{stacks[block.path]}_{span.kind.replace('-', '_')}"
+                yield _attention(method, model, span, group)
+    if not found:
+        raise SettingsError(
+            f"{method}: no block of this {type(model).__name__} has {' or '.join(kinds)}."
+        )
+
+
+def _attention(method: str, model: nn.Module, span: Span, group: str) -> Attention:
+    query, key, value = (_one(method, span, role) for role in ("query", "key", "value"))
+    path = parent(query.module)
+    host: Any = model.get_submodule(path)
+    if not asks_the_registry(host) or not hasattr(host, "config"):
+        raise SettingsError(
+            f"{method}: {path} ({type(host).__name__}) computes its attention itself, without "
+            "transformers' attention functions, so no keys and values can be put before its own."
+        )
+    check_implementation(base_name(host.config))
+    widths = [_width(model.get_submodule(part.module), part.rows) for part in (key, value)]
+    options = hosts.delta_options(model.get_submodule(query.module))
+    return Attention(AttentionPlace(path, span.kind), group, widths[0], widths[1], options)
+
+
+def _one(method: str, span: Span, role: str) -> Any:
+    found = span.roles(role)
+    if not found:
+        raise SettingsError(f"{method}: {span.module} has no {role} projection of its own.")
+    return found[0]
+
+
+def _width(host: nn.Module, rows: tuple[tuple[int, int], ...] | None) -> int:
+    return hosts.features(host)[1] if rows is None else sum(stop - start for start, stop in rows)

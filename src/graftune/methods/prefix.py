@@ -1,0 +1,149 @@
+"""Prefix tuning: trained keys and values before those of every attention (Li & Liang 2021).
+
+    head_i = Attn(x W_q, [P_k ; C W_k], [P_v ; C W_v])           P_k, P_v (m, d) of each layer
+    P = W2 tanh(W1 E + c1) + c2 while it trains; then P alone is kept (`hidden=None`: P itself)
+
+The prefix comes after rotation and cache: it has no position, real tokens keep theirs, and
+no sliding window hides it. E ~ N(0, 1). Identity at init: no, attention is shared with it. Merge:
+no. Count: m d + hidden (d + 1) + (hidden + 1) 2 L kv in training; 2 L m kv kept. arXiv 2101.00190.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy
+from graftune.errors import SettingsError
+from graftune.methods._prefix import Attention, Mlp, PrefixFromMlp, PrefixValues, attentions
+from graftune.methods.base import Method, register
+from graftune.sites.base import Delta, Graft
+from graftune.sites.placing import replace_deltas
+
+KINDS = ("attention", "cross-attention")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """Trains keys and values that every attention sees before its own.
+
+    Merge: not possible, they stand beside what the model computes of its input.
+    """
+
+    name: ClassVar[str] = "PrefixTuning"
+    paper: ClassVar[str] = "Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts"
+    summary: ClassVar[str] = "Trained keys and values before those of every attention."
+    default_lr: ClassVar[float] = 1e-3
+
+    length: int = 20
+    """m: virtual tokens before each attention's own."""
+    hidden: int | None = 512
+    """Width of the MLP that makes the prefix in training; None trains the prefix itself."""
+    sublayers: tuple[str, ...] = KINDS
+    """Attentions that get one: "attention", "cross-attention"."""
+    dropout: float = 0.0
+    """Chance that an entry of the prefix is dropped in training."""
+    layers: int | str | tuple[int, ...] | None = None
+    """Blocks that get one: an index, a list, or a slice such as "6:"; None for all."""
+
+    def check(self) -> None:
+        """See `Method.check`."""
+        self._check_number("length", 1)
+        if self.hidden is not None:
+            self._check_number("hidden", 1)
+        self._check_number("dropout", 0, 1, open_high=True)
+        unknown = [kind for kind in self.sublayers if kind not in KINDS]
+        if unknown or not self.sublayers or len(set(self.sublayers)) < len(self.sublayers):
+            raise SettingsError(
+                f"{self.name}: sublayers is {list(self.sublayers)}, expected one or both of "
+                f"{', '.join(KINDS)}."
+            )
+
+    def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
+        """See `Method.plan`.
+
+        Raises:
+            SettingsError: an attention that can't take a prefix.
+        """
+        found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
+        if self.hidden is None:
+            return [Graft(one.place, self._values(one, empty)) for one in found]
+        return self._made(found, anatomy.blocks[0].width, self.hidden, empty)
+
+    def plan_saved(
+        self, model: nn.Module, anatomy: Anatomy, tensors: Mapping[str, Tensor]
+    ) -> list[Graft]:
+        """See `Method.plan_saved`: once finished, a file holds the prefixes alone."""
+        found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
+        if any(f"{one.place.key}.key" in tensors for one in found):
+            return [Graft(one.place, self._values(one, True)) for one in found]
+        return self.plan(model, anatomy, empty=True)
+
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: the prefixes, or what makes them."""
+        found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
+        out = sum(one.key + one.value for one in found)
+        if self.hidden is None:
+            return self.length * out
+        groups, d = len({one.group for one in found}), anatomy.blocks[0].width
+        return groups * (self.length * d + self.hidden * (d + 1)) + (self.hidden + 1) * out
+
+    def finish(self, adapter: Any) -> None:
+        """See `Method.finish`: keeps the prefixes and drops the MLP; the answers stay the same."""
+        last: dict[Delta, Delta] = {
+            graft.delta: graft.delta.values()
+            for graft in adapter.grafts
+            if isinstance(graft.delta, PrefixFromMlp)
+        }
+        for old, new in last.items():
+            new.requires_grad_(next(old.parameters()).requires_grad)
+        if last:
+            replace_deltas(adapter.model, adapter.grafts, last)
+
+    def _values(self, one: Attention, empty: bool) -> PrefixValues:
+        made = [torch.empty(self.length, width, **one.options) for width in (one.key, one.value)]
+        if not empty:
+            made = [tensor.normal_() for tensor in made]
+        return PrefixValues(made[0], made[1], self.dropout)
+
+    def _made(self, found: list[Attention], width: int, hidden: int, empty: bool) -> list[Graft]:
+        common, ends = nn.Module(), dict[str, int]()
+        grafts: list[Graft] = []
+        for one in found:
+            start = ends.get(one.group, 0)
+            ends[one.group] = start + one.key + one.value
+            widths = (one.key, one.value)
+            delta = PrefixFromMlp(common, one.group, start, widths, self.dropout)
+            grafts.append(Graft(one.place, delta))
+        for group, out in ends.items():
+            mlp = Mlp(self.length, width, hidden, out, found[0].options)
+            if not empty:
+                mlp.start()
+            common.add_module(group, mlp)
+        return grafts
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PTuningV2(PrefixTuning):
+    """Deep prompts for understanding: the prefix itself is trained, with a linear head.
+
+    Liu et al. 2022: the same as PrefixTuning without its MLP.
+    """
+
+    name: ClassVar[str] = "PTuningV2"
+    paper: ClassVar[str] = (
+        "Liu et al. 2022, P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally"
+    )
+    summary: ClassVar[str] = "Prefix tuning without an MLP, and a trained head."
+    default_lr: ClassVar[float] = 7e-3
+
+    hidden: int | None = None
+    """Width of an MLP that makes the prefix in training; None trains the prefix itself."""
+    dropout: float = 0.1
+    """Chance that an entry of the prefix is dropped in training."""

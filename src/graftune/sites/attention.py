@@ -1,0 +1,269 @@
+"""The attention site: sees queries, keys and values after rotation and cache, adds keys and values.
+
+    K = [P_k ; K]   V = [P_v ; V]   mask = [visible ; mask]   position bias = [0 ; bias]
+
+transformers' attentions look their function up by the config's `_attn_implementation`. The site
+puts the name of ours there, which adds what the active deltas have and then calls the model's own.
+The function that makes masks is registered under that name too: without, a padded batch would
+silently get none. Prefixes aren't in the cache, and no sliding window hides them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftune.composition import Fused, Mean, Steps
+from graftune.errors import AdapterError
+from graftune.sites.base import AttentionDelta, Site
+from graftune.sites.plan import RowsAt, joined, taken
+
+OURS = "graftune_"
+KNOWN = ("sdpa", "eager")
+"""Attention functions that a prefix can be put before."""
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention function."""
+
+    module: nn.Module
+    function: Attention
+    query: Tensor  # (B, H, q, D)
+    key: Tensor  # (B, kv heads, k, D)
+    value: Tensor
+    mask: Tensor | None  # (1 or B, 1 or H, q, k), True or 0 where visible
+    options: dict[str, Any]
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the output, `(B, q, H, D)`, and the weights where the function gives them."""
+        return self.function(
+            self.module, self.query, self.key, self.value, self.mask, **self.options
+        )
+
+    def rows(self, at: RowsAt) -> Call:
+        """Returns the call for some rows of the batch."""
+        batch = self.query.shape[0]
+
+        def cut(value: Any) -> Any:
+            rows = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch
+            return taken(value, at) if rows else value
+
+        return replace(
+            self,
+            query=taken(self.query, at),
+            key=taken(self.key, at),
+            value=taken(self.value, at),
+            mask=cut(self.mask),
+            options={name: cut(value) for name, value in self.options.items()},
+        )
+
+    def after(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> Call:
+        """Returns the call with keys and values put before its own.
+
+        Args:
+            prefixes: keys and values, each `(length, kv heads * D)`; the last comes first.
+        """
+        keys, values = (
+            [self._by_head(pair[at], own) for pair in reversed(prefixes)]
+            for at, own in ((0, self.key), (1, self.value))
+        )
+        length = sum(key.shape[2] for key in keys)
+        ready = self._with_mask()
+        options = dict(ready.options)
+        bias = options.get("position_bias")
+        if bias is not None:
+            options["position_bias"] = F.pad(bias, (length, 0))
+        mask = ready.mask
+        if mask is not None:
+            mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+        key, value = torch.cat([*keys, ready.key], 2), torch.cat([*values, ready.value], 2)
+        return replace(ready, key=key, value=value, mask=mask, options=options)
+
+    def _by_head(self, prefix: Tensor, own: Tensor) -> Tensor:
+        heads = prefix.to(own.dtype).view(len(prefix), own.shape[1], own.shape[3]).transpose(0, 1)
+        return heads.expand(own.shape[0], *heads.shape)  # (B, kv heads, length, D)
+
+    def _with_mask(self) -> Call:
+        """Returns the call with a mask, if it relies on a function that masks by itself."""
+        length, given = self.query.shape[2], self.options.get("is_causal")
+        is_causal = getattr(self.module, "is_causal", True) if given is None else given
+        if self.mask is not None or not is_causal or length == 1:
+            return self
+        mask = torch.ones(length, length, dtype=torch.bool, device=self.query.device).tril()
+        bias = self.options.get("position_bias")
+        options = (
+            self.options if bias is None else {**self.options, "position_bias": bias[..., :length]}
+        )
+        return replace(
+            self,
+            key=self.key[:, :, :length],
+            value=self.value[:, :, :length],
+            mask=mask[None, None],
+            options=options,
+        )
+
+
+class AttentionSite(Site):
+    """Deltas on one attention's keys and values."""
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers `ready`, and puts our function's name into the config for the masks."""
+        self.handles = [host.register_forward_pre_hook(self.ready)]
+        self.ready(host, ())
+
+    def unhook(self, host: nn.Module) -> None:
+        """See `Site.unhook`: the config says again what it said."""
+        super().unhook(host)
+        config: Any = host.config
+        config._attn_implementation_internal = base_name(config)
+
+    def ready(self, host: nn.Module, args: Any) -> None:
+        """Sees to it that the attention asks for our function. A forward pre-hook.
+
+        Raises:
+            AdapterError: the attention has been switched to one that takes no prefix.
+        """
+        config: Any = host.config
+        name = config._attn_implementation
+        if name.startswith(OURS):
+            return
+        check_implementation(name)
+        config._attn_implementation_internal = registered(name)
+
+    def __setstate__(self, state: Any) -> None:
+        """Registers our functions where a model comes from another process."""
+        super().__setstate__(state)
+        for name in KNOWN:
+            registered(name)
+
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Returns what the attention answers with the active deltas in it."""
+        active = self.active
+        plan = active.current() if active.overridden else active.plan
+        if plan.drop > self.layer:
+            return call.run()
+        if plan.groups is None:
+            return self._changed(plan.steps, call) if self.holds(plan.steps) else call.run()
+        parts: list[tuple[RowsAt, Tensor]] = []
+        for steps, at in self.mixed_rows(call.query.shape[0], call.query.device):
+            parts.append((at, self._changed(steps, call.rows(at))[0]))
+        return joined(parts), None
+
+    def _changed(
+        self, steps: Steps, call: Call, before: tuple[AttentionDelta, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the answer of the deltas before and those of some steps together."""
+        for at, step in enumerate(steps):
+            if isinstance(step, Mean):
+                return self._mean(step, steps[at + 1 :], call, before), None
+            delta = self._modules.get(step.name if isinstance(step, Fused) else step)
+            if delta is not None:
+                assert isinstance(delta, AttentionDelta)
+                before = (*before, delta)
+        return _together(before, call)
+
+    def _mean(
+        self, mean: Mean, rest: Steps, call: Call, before: tuple[AttentionDelta, ...]
+    ) -> Tensor:
+        if not self.holds((mean,)):
+            return self._changed(rest, call, before)[0]
+        left = 1.0 - sum(weight for weight, _ in mean.branches)
+        parts = [
+            weight * self._changed((*steps, *rest), call, before)[0]
+            for weight, steps in mean.branches
+        ]
+        if abs(left) > 1e-9:
+            parts.append(left * self._changed(rest, call, before)[0])
+        return torch.stack(parts).sum(0)
+
+
+def _together(deltas: Sequence[AttentionDelta], call: Call) -> tuple[Tensor, Tensor | None]:
+    prefixes = [pair for delta in deltas if (pair := delta.prefix(call.key.shape[1])) is not None]
+    output, weights = (call.after(prefixes) if prefixes else call).run()
+    for delta in deltas:
+        output = delta.added(output, call.query, call.module, call.options.get("scaling"))
+    width = call.key.shape[2]
+    return output, weights if weights is None else weights[..., -width:]
+
+
+class Attend:
+    """Our attention function over one of transformers' own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the output, `(B, q, H, D)`, and the weights where there are some."""
+        if self.name == "eager" and attention_mask is not None:
+            attention_mask = _additive(attention_mask, query.dtype)
+        call = Call(module, _own(self.name, module), query, key, value, attention_mask, options)
+        deltas = module._modules.get("deltas")
+        site = None if deltas is None else deltas._modules.get("attention")
+        return site.attend(call) if isinstance(site, AttentionSite) else call.run()
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a mask of what is visible as one to add: eager attention adds True as 1."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
+    )
+
+
+def _own(name: str, module: nn.Module) -> Attention:
+    """Returns the function that the module would call by itself."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def registered(name: str) -> str:
+    """Returns the name of our function over the one called `name`, known to transformers."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ours = OURS + name
+    if ours not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(ours, Attend(name))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return ours
+
+
+def base_name(config: Any) -> str:
+    """Returns the attention implementation that the model itself has."""
+    return config._attn_implementation.removeprefix(OURS)
+
+
+def check_implementation(name: str) -> None:
+    """Raises AdapterError unless a prefix can be put before the attention called `name`."""
+    if name not in KNOWN:
+        raise AdapterError(
+            f'The model\'s attention is "{name}", which takes no prefix: load the model with '
+            'attn_implementation="sdpa" or "eager".'
+        )
+
+
+def asks_the_registry(module: nn.Module) -> bool:
+    """Whether an attention looks its function up, so that ours can be there."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
