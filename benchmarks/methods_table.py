@@ -33,6 +33,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Selective": ({"name": "Selective", "targets": ["attention"]}, {"lr": 3e-4}),
     "DiffPruning": ({"name": "DiffPruning"}, {"lr": 5e-4}),
     "FishMask": ({"name": "FishMask"}, {"lr": 2e-3}),
+    "HoulsbyAdapter": ({"name": "HoulsbyAdapter"}, {"lr": 1e-3}),
+    "PfeifferAdapter": ({"name": "PfeifferAdapter"}, {"lr": 1e-3}),
+    "ParallelAdapter": ({"name": "ParallelAdapter"}, {"lr": 1e-3}),
+    "AdapterPlus": ({"name": "AdapterPlus"}, {"lr": 2e-3}),
+    "Compacter": ({"name": "Compacter"}, {"lr": 3e-3}),
+    "CompacterPlusPlus": ({"name": "CompacterPlusPlus"}, {"lr": 3e-3}),
+    "PrefixTuning": ({"name": "PrefixTuning", "length": 10}, {"lr": 2e-3}),
+    "PTuningV2": ({"name": "PTuningV2", "length": 10}, {"lr": 1e-2}),
     "FullFineTuning": ({"name": "FullFineTuning"}, {"lr": 2e-4}),
 }
 """Method and training settings that differ from the defaults; others run with their own."""
@@ -105,7 +113,7 @@ def _runs(only: Sequence[str]) -> list[tuple[str, dict[str, Any], dict[str, Any]
     from graftune.methods import methods
 
     settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        **{name: ({"name": name}, {}) for name in methods()},
+        **{name: ({"name": name}, {}) for name in methods() if name != "AdapterFusion"},
         **SETTINGS,
     }
     wanted = {name.lower() for name in only}
@@ -138,11 +146,18 @@ def _probe(out: Path) -> Line:
 
 def _trained(name: str, method: dict[str, Any], train: dict[str, Any], out: Path) -> Line:
     from graftune.errors import SettingsError
+    from graftune.tasks.result import RunResult
     from graftune.tasks.run import train as train_run
 
     settings = _settings(name, out, method=method, train=train)
+    done = settings.run_dir / "result.json"
+    if done.exists():
+        found = RunResult.load(settings.run_dir)
+        told = found.settings["train"]
+        if found.settings["method"] == method and all(told[k] == v for k, v in train.items()):
+            return Line(name, found)
     try:
-        return Line(name, train_run(settings, resume=True))
+        return Line(name, train_run(settings, resume=not done.exists(), overwrite=done.exists()))
     except SettingsError:  # begun with other settings
         return Line(name, train_run(settings, overwrite=True))
 
