@@ -303,7 +303,8 @@ class Graft:
     def _named(self, name: str) -> str:
         if name.startswith("common."):
             return name.removeprefix("common.")
-        return self.place.key if name == "value" else f"{self.place.key}.{name}"
+        is_own = name == "value" and isinstance(self.place, ParameterPlace)
+        return self.place.key if is_own else f"{self.place.key}.{name}"
 
 
 class Deltas(nn.Module):
