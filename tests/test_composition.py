@@ -87,3 +87,47 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
         check_names("intnets", ["spam", "intents"])
     with pytest.raises(AdapterError, match=r"attached: none\.$"):
         check_names("intents", [])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gt.Average("a"), "Average needs two or more different members"),
+        (lambda: gt.Average("a", "a"), "Average needs two or more different members"),
+        (lambda: gt.Average("a", "b", weights=[1.0]), "2 members and 1 weights: give one for each"),
+        (lambda: gt.Average("a", "b", weights=[1.0, float("inf")]), "takes finite numbers"),
+        (lambda: gt.Average("a", gt.Parallel("b", "c")), "Average takes names, Stack, Fuse; found"),
+        (lambda: gt.Fuse("a"), "Fuse needs two or more different members"),
+        (lambda: gt.Fuse("a", gt.Average("b", "c")), "Fuse takes names, Stack; found"),
+        (
+            lambda: gt.Fuse("a", gt.Stack("b", gt.Average("c", "d"))),
+            "Fuse takes names or Stacks of names",
+        ),
+        (lambda: gt.Parallel("a"), "Parallel needs two or more different members"),
+        (lambda: gt.Parallel("a", gt.Parallel("b", "c")), "Parallel takes names, Stack, Average"),
+        (lambda: gt.Parallel("a", gt.Rows(["b"])), "Parallel takes names, Stack, Average"),
+        (
+            lambda: gt.Stack(gt.Parallel("a", "b"), "c"),
+            "Parallel can only be the last member of a Stack",
+        ),
+        (lambda: gt.Stack("a", gt.Stack("b")), "Stack takes names, Average, Fuse, Parallel"),
+        (lambda: gt.Rows(["a", gt.Parallel("b", "c")]), "Rows takes names, Stack, Average, Fuse"),
+        (
+            lambda: gt.Rows([gt.Stack("a", gt.Parallel("b", "c"))]),
+            "Rows can't hold a Parallel",
+        ),
+    ],
+)
+def test_a_nesting_without_a_meaning_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        make()
+
+
+@given(stacks, st.lists(st.floats(-2, 2), min_size=2, max_size=2))
+def test_names_are_those_of_all_members_once(stack: gt.Stack, weights: list[float]) -> None:
+    average = gt.Average("x", stack, weights=weights)
+    assert set(average.names) == {"x", *stack.names}
+    assert gt.Parallel(average, None).names == average.names
+    assert gt.Rows([average, None, average]).names == average.names
+    assert average == gt.Average("x", stack, weights=weights)
+    assert hash(average) == hash(gt.Average("x", stack, weights=weights))
