@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -23,6 +24,8 @@ NAMES = (
     "whole_job",
 )
 PAGE = ROOT / "docs" / "benchmarks.md"
+KEPT = ROOT / "benchmarks" / "results.json"
+"""Every line of the page with its date, so that some can be measured again alone."""
 
 
 def main() -> None:
@@ -38,16 +41,27 @@ def main() -> None:
             print("  " + _line(found), flush=True)
             rows.append(found)
         if options.write:  # after each, so that a run cut short leaves what it measured
-            PAGE.write_text(page(rows))
+            PAGE.write_text(page(_kept(rows)))
     print("\n" + table(rows))
     print(f"\n{_machine()}; {time.monotonic() - began:.0f} s")
     if options.json:
         Path(options.json).write_text(json.dumps([found.to_dict() for found in rows], indent=2))
 
 
+def _kept(rows: list[Row]) -> list[Row]:
+    """Returns all lines of the page, those measured now in place of old ones; keeps them on disk."""
+    old = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    found = {line["name"]: Row(**line) for line in old}
+    today = time.strftime("%Y-%m-%d")
+    found |= {line.name: dataclasses.replace(line, date=today) for line in rows}
+    lines = [dataclasses.asdict(line) for line in found.values()]
+    KEPT.write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+    return list(found.values())
+
+
 def table(rows: list[Row]) -> str:
     """Returns the results as a table in Markdown."""
-    head = ("what", "median", "least … largest", "target", "met", "remarks")
+    head = ("what", "median", "least … largest", "target", "met", "date", "remarks")
     body = [
         (
             found.name,
@@ -55,6 +69,7 @@ def table(rows: list[Row]) -> str:
             f"{found.low:.2f} … {found.high:.2f}",
             f"≤ {found.target:g} {found.unit}",
             "yes" if found.is_met else "no",
+            found.date or "now",
             found.note,
         )
         for found in rows
@@ -69,13 +84,13 @@ def page(rows: list[Row]) -> str:
     """Returns docs/benchmarks.md."""
     return f"""# Benchmarks
 
-What graftune costs beside HF PEFT, as `make bench` (`python -m benchmarks --write`) measured it:
-CPU seconds of one thread, user and system; both sides take turns within each round; a ratio is the
-median over rounds. Below 1 is less than PEFT.
+What graftune costs beside other libraries, and parts of it beside the whole, as `make bench`
+(`python -m benchmarks --write`) measured it: CPU seconds of one thread, user and system; both sides
+take turns within each round; a ratio is the median over rounds.
 
 {table(rows)}
 
-Measured on {time.strftime("%Y-%m-%d")}: {_machine()}.
+{_machine()}.
 """
 
 

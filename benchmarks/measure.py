@@ -27,6 +27,7 @@ class Row:
     target: float
     unit: str = "× PEFT"
     note: str = ""
+    date: str = ""
 
     @property
     def is_met(self) -> bool:

@@ -59,6 +59,9 @@ def main() -> None:
     options = _options()
     lines = [_probe(options.out)]
     for name, method, train in _runs(options.only):
+        folder = options.out / name.lower().replace(" ", "-")
+        if options.finished and not (folder / "result.json").exists():
+            continue
         lines.append(_trained(name, method, {"steps": options.steps, **train}, options.out))
         print(_row(lines[-1]), flush=True)
     print("\n" + table(lines))
@@ -188,6 +191,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("graftune-methods"))
+    parser.add_argument("--finished", action="store_true", help="leave out what would be trained")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     return parser.parse_args()
 
