@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _kept(rows: list[Row]) -> list[Row]:
-    """Returns all lines of the page, those measured now in place of old ones; keeps them on disk."""
+    """Returns all lines of the page; those measured now replace old ones, on disk too."""
     old = json.loads(KEPT.read_text()) if KEPT.exists() else []
     found = {line["name"]: Row(**line) for line in old}
     today = time.strftime("%Y-%m-%d")

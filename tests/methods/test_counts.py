@@ -152,6 +152,17 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("T5-base", gt.CompacterPlusPlus(), 104_704),
     ("BERT-base", gt.Compacter(train_norms=False), 24 * 2_376 + 64),
     ("LLaMA-7B", gt.CompacterPlusPlus(), 32 * (2 * 4_096 + 2 * 128 + 4_096 + 128) + 64 + 266_240),
+    ("BERT-base", gt.PrefixTuning(length=10, hidden=None), 184_320),
+    ("BERT-base", gt.PrefixTuning(length=10), 7_680 + 393_728 + 9_455_616),
+    ("BART-large", gt.PrefixTuning(length=200, hidden=None), 14_745_600),
+    ("BART-large", gt.PrefixTuning(length=30, hidden=None), 2_211_840),
+    ("LLaMA-7B", gt.PrefixTuning(hidden=None), 5_242_880),
+    ("T5-base", gt.PrefixTuning(hidden=None, sublayers=("attention",)), 737_280),
+    ("T5-base", gt.PrefixTuning(hidden=None), 1_105_920),
+    ("T5-base", gt.PrefixTuning(), 3 * (15_360 + 393_728) + 513 * 36 * 2 * 768),
+    ("BERT-large", gt.PTuningV2(length=40), 1_966_080),
+    ("BERT-base", gt.PTuningV2(), 368_640),
+    ("ViT-B/16", gt.PTuningV2(), 368_640),
     ("BERT-base", gt.ParallelAdapter(scale="learned"), 12 * (2 * 768 * 384 + 768 + 384 + 1)),
 ]
 
