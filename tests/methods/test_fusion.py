@@ -15,6 +15,7 @@ from graftune.methods.fusion import FusionDelta, fusions
 from graftune.sites.base import Bottleneck
 from tests.contract.subjects import logits, shake
 from tests.families import FAMILIES
+from tests.methods.test_counts import model_of
 
 MEMBERS = {
     "a": gt.PfeifferAdapter(reduction=8),
@@ -302,3 +303,22 @@ def test_on_every_family_it_is_switched_mixed_copied_and_saved(family: str, tmp_
         gt.detach(model, name)
     assert torch.equal(logits(model, inputs), expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "static"),
+    [
+        ("BERT-base", 21_252_096, 14_174_208),
+        ("LLaMA-7B", 1_610_874_880, 1_074_003_968),
+        ("T5-base", 42_504_192, 28_348_416),
+        ("ViT-B/16", 21_252_096, 14_174_208),
+    ],
+)
+def test_counts_are_the_papers(name: str, whole: int, static: int) -> None:
+    model = copy.deepcopy(model_of(name))
+    for member in "ab":
+        gt.attach(model, gt.PfeifferAdapter(), member)
+    for value, expected in ((True, whole), (False, static)):
+        method = gt.AdapterFusion(members=("a", "b"), value=value)
+        assert method.count(model, gt.anatomy(model)) == expected
+        assert gt.attach(model, method, f"value-{value}").count() == expected
