@@ -105,10 +105,11 @@ def _reason(lines: Sequence[Line]) -> str:
         "| " + " | ".join(found) + " |\n"
         "|" + " ---: |" * len(found) + "\n"
         "| " + " | ".join(found.values()) + " |\n\n"
-        'So a method starts where "head alone" ends, and makes up most of the distance in five '
-        "passes over 1,217 messages. With 345 held-out messages a 95 % interval is about 4 points "
+        'So a method starts where "head alone" ends, and has five passes over 1,217 messages to '
+        "move what the head reads. With 345 held-out messages a 95 % interval is about 4 points "
         "wide to either side: most of these differences are not significant. Rates were set by "
-        "hand from a few tries of one seed, not searched for each method.\n"
+        "hand, not searched for each method; `SETTINGS` in benchmarks/methods_table.py has them "
+        '("Selective" trains attention). Times are of one thread on a machine with other work.\n'
     )
 
 
