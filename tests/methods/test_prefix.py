@@ -1,0 +1,164 @@
+"""Prefix tuning and P-tuning v2: values, the MLP that is dropped, files, training, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import graftune as gt
+from graftune.errors import SettingsError
+from tests.contract.subjects import logits, shake
+from tests.families import FAMILIES
+from tests.methods.changes import check_uniform, learns
+
+MLP = gt.PrefixTuning(length=3, hidden=8, train_head=False)
+DIRECT = gt.PrefixTuning(length=3, hidden=None, train_head=False)
+
+
+def test_the_published_settings_are_the_defaults() -> None:
+    method = gt.PrefixTuning()
+    assert (method.hidden, method.dropout, method.layers) == (512, 0.0, None)
+    assert method.sublayers == ("attention", "cross-attention")
+    assert (gt.PTuningV2().hidden, gt.PTuningV2().dropout) == (None, 0.1)
+
+
+def test_the_mlp_makes_each_layers_keys_and_values() -> None:
+    model = FAMILIES["llama"].build()
+    adapter = gt.attach(model, MLP, seed=0)
+    found = {name.rpartition(".")[2]: t for name, t in adapter.named_parameters()}
+    inner = torch.tanh(F.linear(found["E"], found["W1"], found["c1"]))
+    made = F.linear(inner, found["W2"], found["c2"])
+    for graft, expected in zip(adapter.grafts, made.chunk(2, dim=-1), strict=True):
+        key, value = graft.delta.prefix(2)
+        torch.testing.assert_close(torch.cat([key, value], -1), expected)
+
+
+def test_stacks_and_kinds_of_attention_have_an_mlp_each() -> None:
+    adapter = gt.attach(FAMILIES["t5"].build(), MLP)
+    assert {name.rpartition(".")[0] for name in adapter.state_dict()} == {
+        "prefix_encoder_attention",
+        "prefix_decoder_attention",
+        "prefix_decoder_cross_attention",
+    }
+
+
+def test_initial_values() -> None:
+    direct = gt.attach(FAMILIES["bert"].build(), gt.PTuningV2(length=500, train_head=False))
+    for tensor in direct.parameters():
+        assert abs(tensor.std().item() - 1) < 0.02
+    wide = gt.PrefixTuning(length=400, hidden=300, train_head=False)
+    made = gt.attach(FAMILIES["bert"].build(), wide).state_dict()
+    found = {name.rpartition(".")[2]: tensor for name, tensor in made.items()}
+    assert abs(found["E"].std().item() - 1) < 0.02
+    check_uniform(found["W1"], 32, within=0.03)
+    check_uniform(found["W2"], 300, within=0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "gpt2"])
+def test_without_the_mlp_it_answers_the_same_bit_for_bit(family: str, tmp_path: Path) -> None:
+    model, inputs = FAMILIES[family].build(), FAMILIES[family].inputs()
+    adapter = gt.attach(model, MLP, seed=0)
+    shake(adapter, seed=1)
+    expected = logits(model, inputs)
+    adapter.save(tmp_path / "training")
+    adapter.finish()
+    kept = adapter.state_dict()
+    assert {name.rpartition(".")[2] for name in kept} == {"key", "value"}
+    assert all(tensor.requires_grad for tensor in adapter.parameters())
+    assert torch.equal(logits(model, inputs), expected)
+    adapter.finish()
+    assert adapter.state_dict().keys() == kept.keys()
+    adapter.save(tmp_path / "finished")
+    for folder in ("training", "finished"):
+        fresh = FAMILIES[family].build()
+        loaded = gt.load(fresh, tmp_path / folder)
+        assert torch.equal(logits(fresh, inputs), expected)
+        assert (loaded.state_dict().keys() == kept.keys()) == (folder == "finished")
+        loaded.finish()
+        assert torch.equal(logits(fresh, inputs), expected)
+
+
+def test_a_finished_prefix_is_all_that_is_kept_and_counted() -> None:
+    adapter = gt.attach(FAMILIES["llama"].build(), MLP)
+    assert adapter.count() == 3 * 32 + 8 * 33 + 9 * 2 * 2 * 16
+    adapter.finish()
+    assert adapter.count() == 2 * 2 * 3 * 16
+
+
+@pytest.mark.parametrize("method", [MLP, DIRECT, gt.PTuningV2(length=3, hidden=8)])
+@pytest.mark.parametrize("family", ["llama", "t5", "vit"])
+def test_gradients_reach_every_tensor(method: Any, family: str) -> None:
+    model, kind = FAMILIES[family].build(), FAMILIES[family]
+    adapter = gt.attach(model, method)
+    model.train()
+    model(**kind.inputs(), **kind.labels(model, kind.inputs())).loss.backward()
+    for name, tensor in adapter.named_parameters():
+        assert tensor.grad is not None, name
+        assert tensor.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("method", [MLP, gt.PTuningV2(length=5, dropout=0.0)])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_training_learns(method: Any, family: str) -> None:
+    first, last = learns(method, family)
+    assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_dropout_is_in_training_alone(hidden: int | None) -> None:
+    model, inputs = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    adapter = gt.attach(model, gt.PrefixTuning(length=30, hidden=hidden, dropout=0.5))
+    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    model.train()
+    assert not torch.equal(logits(model, inputs), logits(model, inputs))
+    key, _ = adapter.grafts[0].delta.prefix(2)
+    assert 0.4 < (key == 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("sublayers", "attentions"),
+    [(("attention",), 4), (("cross-attention",), 2), (("attention", "cross-attention"), 6)],
+)
+def test_which_attentions_have_one(sublayers: tuple[str, ...], attentions: int) -> None:
+    method = gt.PrefixTuning(length=3, hidden=None, sublayers=sublayers)
+    assert len(gt.attach(FAMILIES["t5"].build(), method).grafts) == attentions
+
+
+def test_layers_choose_blocks() -> None:
+    adapter = gt.attach(FAMILIES["bert"].build(), gt.PTuningV2(layers=-1, train_head=False))
+    assert {graft.place.module for graft in adapter.grafts} == {
+        "bert.encoder.layer.1.attention.self"
+    }
+
+
+def test_grouped_heads_have_their_own_width() -> None:
+    found: dict[str, Tensor] = gt.attach(FAMILIES["llama"].build(), DIRECT).state_dict()
+    assert {tuple(tensor.shape) for tensor in found.values()} == {(3, 16)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"length": 0}, "length is 0, expected at least 1"),
+        ({"hidden": 0}, "hidden is 0, expected at least 1"),
+        ({"dropout": 1.0}, r"dropout is 1.0, expected between 0 and 1"),
+        ({"sublayers": ()}, r"sublayers is \[\], expected one or both of attention"),
+        ({"sublayers": ("ffn",)}, r"sublayers is \['ffn'\]"),
+        ({"sublayers": ("attention", "attention")}, "expected one or both"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        gt.PrefixTuning(**settings)
+
+
+def test_a_model_without_such_an_attention_is_refused() -> None:
+    model = FAMILIES["bert"].build()
+    with pytest.raises(SettingsError, match=r"no block of this Bert\w+ has cross-attention"):
+        gt.attach(model, gt.PrefixTuning(sublayers=("cross-attention",)))
+    assert gt.adapters(model) == {}
