@@ -58,6 +58,45 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         lr_ratio=st.none() | st.floats(0, 64),
         train_head=heads,
     ),
+    **{
+        name: lambda method=method: st.builds(
+            method,
+            sublayers=st.just(("ffn",)),
+            reduction=st.integers(1, 64) | st.just({"0": 4, "default": 8}),
+            dropout=st.floats(0, 1, exclude_max=True),
+            scale=st.floats(-4, 4) | st.sampled_from(["learned", "channel"]),
+            gate=st.booleans(),
+            layers=layers,
+            train_norms=st.booleans(),
+            train_head=heads,
+        )
+        for name, method in (
+            ("HoulsbyAdapter", gt.HoulsbyAdapter),
+            ("PfeifferAdapter", gt.PfeifferAdapter),
+            ("ParallelAdapter", gt.ParallelAdapter),
+            ("AdapterPlus", gt.AdapterPlus),
+            ("Compacter", gt.Compacter),
+            ("CompacterPlusPlus", gt.CompacterPlusPlus),
+        )
+    },
+    **{
+        name: lambda method=method: st.builds(
+            method,
+            length=st.integers(1, 99),
+            hidden=st.none() | st.integers(1, 512),
+            dropout=st.floats(0, 1, exclude_max=True),
+            layers=layers,
+            train_head=heads,
+        )
+        for name, method in (("PrefixTuning", gt.PrefixTuning), ("PTuningV2", gt.PTuningV2))
+    },
+    "AdapterFusion": lambda: st.builds(
+        gt.AdapterFusion,
+        members=st.just(("a", "b")) | st.just((("a", "c"), "b")),
+        value=st.booleans(),
+        value_penalty=st.floats(0, 1),
+        train_head=heads,
+    ),
     "BitFit": lambda: st.builds(
         gt.BitFit, subset=words, layers=layers, add_missing=st.booleans(), train_head=heads
     ),
@@ -166,7 +205,7 @@ def test_every_setting_says_what_it_is(name: str) -> None:
     for setting in settings.values():
         assert setting.doc.endswith("."), setting
         assert setting.type, setting
-        assert setting.default == getattr(method(), setting.name)
+        assert setting.default == getattr(method, setting.name)
     assert method.summary.endswith(".")
     assert "train_head" in settings
 

@@ -7,6 +7,7 @@ state dict and the registered parameters stay as they were.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -119,10 +120,12 @@ class ParameterSite(Site):
         self.clear(owner)  # torch runs no hook after Ctrl-C, so a forward may have left its own
         plan = active.current() if active.overridden else active.plan
         if plan.groups is None and plan.drop <= self.layer:
-            for name, value in self.values(plan.steps, owner, {}).items():
+            for name, value in self.values(plan.steps, owner).items():
                 owner.__dict__[name] = value
 
-    def values(self, steps: Steps, host: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def values(
+        self, steps: Steps, host: nn.Module, values: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Returns the tensors that some steps make of the host's, by name.
 
         Args:
@@ -130,7 +133,7 @@ class ParameterSite(Site):
             host: whose tensors they are.
             values: what steps before these made of them.
         """
-        values = dict(values)
+        values = dict(values or {})
         for step in steps:
             if isinstance(step, Mean):
                 values = self._mean(step, host, values)
