@@ -169,7 +169,7 @@ def common_settings(reading: Reading, heads: Sequence[str]) -> dict[str, Any]:
         "sublayers": _sublayers(reading),
         "reduction": _reduction(config["reduction_factor"], reading),
         "bottleneck": None,
-        "activation": _activation(reading),
+        "activation": activation(reading),
         "scale": config["scaling"],
         "dropout": config["dropout"],
         "init": INITS.get(config["init_weights"], "bert"),
@@ -257,7 +257,12 @@ def _reduction(given: Any, reading: Reading) -> float | dict[str, float]:
     return min(given, width)
 
 
-def _activation(reading: Reading) -> str:
+def activation(reading: Reading) -> str:
+    """Returns our name of the activation that the settings name.
+
+    Raises:
+        FormatError: there is none of that name.
+    """
     given = str(reading.config["non_linearity"]).lower()
     if not reading.folder.config.get("version"):
         given = OLD_ACTIVATIONS.get(given, given)

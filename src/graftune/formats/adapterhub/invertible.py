@@ -94,7 +94,6 @@ def _said(reading: Reading) -> tuple[str | None, float]:
 
 
 def _home(adapter: Adapter) -> str:
-    model: Any = adapter.model
     if adapter.anatomy.model_type in paths.LIKE_T5:
         return "encoder."
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
+    return paths.body(adapter.model)

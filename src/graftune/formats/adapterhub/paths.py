@@ -8,6 +8,7 @@ T5          layer.N                                     the N-th sublayer
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from graftune.anatomy import Anatomy
 from graftune.anatomy.parts import Block, Projection
@@ -52,6 +53,11 @@ def bottleneck_home(anatomy: Anatomy, block: Block, kind: str) -> str | None:
         return f"{path}.attention_adapters"
     within = "output." if anatomy.model_type == VIT else ""
     return f"{path}.{within}output_adapters"
+
+
+def body(model: Any) -> str:
+    """Returns what the names of a model's tensors below its body begin with: "bert.", "" for it."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def linear_home(anatomy: Anatomy, block: Block, part: Projection) -> str:

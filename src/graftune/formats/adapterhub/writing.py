@@ -17,7 +17,12 @@ from torch import Tensor
 
 from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError
-from graftune.formats.adapterhub import bottleneck_writing, low_rank_writing, paths
+from graftune.formats.adapterhub import (
+    bottleneck_writing,
+    low_rank_writing,
+    paths,
+    prefix_writing,
+)
 from graftune.formats.adapterhub.folder import HEAD, WEIGHTS
 from graftune.formats.atomic import replacing
 from graftune.formats.base import base_name
@@ -37,7 +42,7 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     """Writes an adapter's directory as AdapterHub does, and returns its path.
 
     Args:
-        adapter: of bottlenecks, LoRA or (IA)^3.
+        adapter: of bottlenecks, LoRA, (IA)^3 or prefixes.
         path: a new or empty folder.
 
     Raises:
@@ -71,8 +76,8 @@ def content(adapter: Adapter) -> Content:
                 f"{', '.join(paths.KNOWN)}."
             )
         _check_values(adapter)
-        for write in (bottleneck_writing.content, low_rank_writing.content):
-            found = write(adapter)
+        for part in (bottleneck_writing, low_rank_writing, prefix_writing):
+            found = part.content(adapter)
             if found is not None:
                 return found
         raise FormatError(f"{adapter.method.name} can't be written so.")
