@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftune.attached import Grafts, state_of
 from graftune.composition import (
@@ -14,12 +14,15 @@ from graftune.composition import (
     Composition,
     Fuse,
     Rows,
+    Stack,
     check_names,
     copies_of,
     members_of,
     trained_in,
 )
 from graftune.errors import AdapterError
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace
+from graftune.sites.embedding import takes_any_length
 from graftune.sites.plan import Plan
 
 
@@ -84,6 +87,7 @@ def check_composition(
     if isinstance(composition, Rows) or copies_of(composition):
         for name in names:
             _check_rows(state, name)
+        _check_prompts(state, composition)
     if state.merged is not None:
         for name in names:
             if name in state.merged.names:
@@ -157,6 +161,32 @@ def _check_rows(state: Grafts, name: str) -> None:
                 f'Adapter "{name}" changes {graft.place.module}, which runs once for all rows of a '
                 "batch, so it can't act on some of them only."
             )
+
+
+def _check_prompts(state: Grafts, composition: Composition) -> None:
+    """Raises AdapterError if rows have prompts of different lengths, and the model can't."""
+    members = composition.members if isinstance(composition, Rows) else copies_of(composition)
+    lengths = {sum(map(len, _prompts(state, member))) for member in members}
+    places = [g.place for a in state.adapters.values() for g in a.grafts]
+    for place in (p for p in places if isinstance(p, EmbeddingPlace)):
+        if len(lengths) > 1 and not takes_any_length(state.model, place):
+            raise AdapterError(
+                f"Rows of this {type(state.model).__name__} must have prompts of one length, since "
+                f"it takes no positions; found {', '.join(map(str, sorted(lengths)))} virtual "
+                "tokens."
+            )
+
+
+def _prompts(state: Grafts, member: Composition) -> list[Tensor]:
+    """Returns the prompts of a member that act one after the other: of an Average, one."""
+    if isinstance(member, Average):
+        return _prompts(state, member.members[0])
+    if isinstance(member, Stack):
+        return [prompt for part in member.members for prompt in _prompts(state, part)]
+    if not isinstance(member, str):
+        return []
+    deltas = [graft.delta for graft in state.adapters[member].grafts]
+    return [delta.prompt() for delta in deltas if isinstance(delta, EmbeddingDelta)]
 
 
 def set_active(

@@ -38,6 +38,7 @@ METHODS: dict[str, Method] = {
     "adapterplus": gt.AdapterPlus(reduction=8, init="zero-up"),
     "prefix": gt.PrefixTuning(length=3, hidden=8),
     "ptuningv2": gt.PTuningV2(length=3, dropout=0.0),
+    "prompt": gt.PromptTuning(length=3),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
@@ -51,11 +52,16 @@ NOT_LINEAR = (
     "adapterplus",
     "prefix",
     "ptuningv2",
+    "prompt",
 )
 """Methods that can't be merged: no weight does what they do."""
 
-OFF_AT_START = ("prefix", "ptuningv2")
+OFF_AT_START = ("prefix", "ptuningv2", "prompt")
 """Methods that don't start equal to the base: attention is shared with what they add."""
+
+LONGER_ROWS = ("prompt",)
+"""Methods that lengthen rows, so that sums over masked places round otherwise than alone: 6e-6 in
+fp32, 1e-14 in fp64."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {
     **{
@@ -63,6 +69,11 @@ REFUSALS: dict[tuple[str, str, str], str] = {
         for m in ("prefix", "ptuningv2")
         for f in ("bloom", "deberta-v2")
     },
+    **{
+        ("attach", "prompt", f): "takes embeddings in place of"
+        for f in ("whisper", "vit", "swin", "clip")
+    },
+    ("rows", "prompt", "bart"): "prompts of one length",
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
     **{("rows", "said", family): "changes whole weights" for family in FAMILIES},
     **{

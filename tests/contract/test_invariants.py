@@ -21,6 +21,7 @@ from tests.contract.subjects import (
     EAGER_ONLY,
     FAMILIES,
     KINDS,
+    LONGER_ROWS,
     METHODS,
     NOT_LINEAR,
     OFF_AT_START,
@@ -170,7 +171,8 @@ def test_mixed_rows_are_each_row_alone(subject: Subject) -> None:
             mixed_row, alone_row = mixed[row, row], alone[row, row]
         else:
             mixed_row, alone_row = mixed[picked], alone[picked]
-        torch.testing.assert_close(mixed_row, alone_row, atol=2e-6, rtol=2e-5)
+        atol = 1e-5 if subject.method in LONGER_ROWS else 2e-6
+        torch.testing.assert_close(mixed_row, alone_row, atol=atol, rtol=2e-5)
 
 
 SIDES = [(f, side) for f in FAMILIES for side in ("left", "right")]

@@ -9,7 +9,8 @@
         ├── parameters: ParameterSite    theta -> value(theta) while the host runs
         │   └── intents: bias: OwnValue
         ├── sublayer: SublayerSite       h -> delta(h, x), h on its way to the residual sum
-        └── attention: AttentionSite     more keys and values, below the attention itself
+        ├── attention: AttentionSite     more keys and values, below the attention itself
+        └── embedding: EmbeddingSite     virtual tokens among those that enter the body
 
 Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
 """
@@ -183,6 +184,40 @@ class AttentionDelta(Delta):
         return output
 
 
+class EmbeddingDelta(Delta):
+    """Virtual tokens, put among the embedded tokens of every row.
+
+    Attributes:
+        is_after_first: whether they follow the first real token; else they come before it.
+    """
+
+    is_after_first: bool = False
+
+    def prompt(self) -> Tensor:
+        """Returns the embeddings of the virtual tokens, `(length, width)`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EmbeddingPlace:
+    """Where token ids become embeddings."""
+
+    module: str
+    """The body: takes `input_ids` or `inputs_embeds`."""
+    reader: str | None = None
+    """The decoder that attends to what the body answers, of an encoder-decoder."""
+    parameter: str = ""
+
+    @property
+    def key(self) -> str:
+        """What the names of the tensors at this place begin with."""
+        return f"{self.module}.prompt" if self.module else "prompt"
+
+    def size(self, host: nn.Module) -> int:
+        """Returns 0: it changes no entry of the base."""
+        return 0
+
+
 @dataclass(frozen=True)
 class AttentionPlace:
     """One attention of a block."""
@@ -274,7 +309,7 @@ class SublayerPlace:
         return 0
 
 
-Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace
+Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace | EmbeddingPlace
 
 
 @dataclass(eq=False)

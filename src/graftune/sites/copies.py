@@ -46,7 +46,7 @@ class Copies:
         self.active, self.lowest = active, lowest
         self.shares = _shares(model, anatomy)
         self.handles = [
-            model.register_forward_pre_hook(self.begin, with_kwargs=True),
+            model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.end, always_call=True),
         ]
         for block in anatomy.blocks if self.shares else ():

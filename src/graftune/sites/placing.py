@@ -12,6 +12,7 @@ from graftune.sites.base import (
     AttentionPlace,
     Delta,
     Deltas,
+    EmbeddingPlace,
     Graft,
     LinearPlace,
     Site,
@@ -19,6 +20,7 @@ from graftune.sites.base import (
     SublayerPlace,
     base_modules,
 )
+from graftune.sites.embedding import EmbeddingSite
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.plan import ALWAYS
@@ -60,6 +62,12 @@ def insert(
         if isinstance(place, AttentionPlace):
             site = _site(host, "attention", lambda n=layer: AttentionSite(active, n))
             site._modules[name] = graft.delta
+            continue
+        if isinstance(place, EmbeddingPlace):
+            site = _site(host, "embedding", lambda: EmbeddingSite(active))
+            assert isinstance(site, EmbeddingSite)
+            site._modules[name] = graft.delta
+            site.extend_reader(model, place)
             continue
         if isinstance(place, LinearPlace):
             site = _site(

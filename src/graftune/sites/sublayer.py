@@ -81,7 +81,7 @@ class SublayerSite(Site):
         active = self.active
         if active.overridden and active.current().is_inner:
             return  # a module that is run again for some rows
-        self.kept[field, _thread()] = _first(args, kwargs)
+        self.kept[field, thread_id()] = _first(args, kwargs)
 
     def after(self, host: nn.Module, args: Any, output: Any) -> Any:
         """Returns the host's output with the active deltas in it. The forward hook."""
@@ -99,7 +99,7 @@ class SublayerSite(Site):
         return new if isinstance(output, Tensor) else (new, *output[1:])
 
     def _seen(self) -> Seen:
-        thread = _thread()
+        thread = thread_id()
         read, added = (self.kept.pop((field, thread), None) for field in ("input", "residual"))
         return Seen(read, added, self.norm[0] if self.norm else None)
 
@@ -141,7 +141,8 @@ class SublayerSite(Site):
         return last.bottleneck(self._changed(tuple(here[:-1]), h, seen), seen)
 
 
-def _thread() -> int:
+def thread_id() -> int:
+    """Returns what tells the calling thread from others; 0 in what is compiled."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 

@@ -1,0 +1,382 @@
+"""The embedding site: virtual tokens among those that enter a body, and out of what it answers.
+
+    ids ──[embeddings]── E ──[P ; E]── blocks ── [h_P ; h] ──── h          decoders, encoders
+                              └────────────────── [h_P ; h] ── cross-attention     encoder-decoders
+
+The site hangs below the body, the module that takes `input_ids` or `inputs_embeds`. Mask, positions
+and token types grow with the sequence. Since the body's answer is as long as the base's, heads,
+labels and losses know nothing of virtual tokens, nor does `generate`: a cache that holds a prompt
+is marked, and passes that go on with it count the prompt in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy
+from graftune.anatomy.modules import leaf, parent
+from graftune.composition import Mean, Steps, names_in
+from graftune.errors import AdapterError, SettingsError
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Site, base_modules
+from graftune.sites.plan import RowsAt, joined
+from graftune.sites.state import Active
+from graftune.sites.sublayer import Kept, thread_id
+from graftune.sites.woven import Woven
+
+MARK = "_graftune_prompt"
+"""Attribute of a cache that holds a prompt."""
+_POSITIONS = re.compile(r"position_?embeddings?|embed_positions|wpe")
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """A body's table of learned positions, as far as prompts go.
+
+    Attributes:
+        limit: the longest sequence, None without a table.
+        padding: the position of padding, where the body counts only what isn't padding.
+        is_from_mask: whether it counts positions in the mask by itself (OPT).
+    """
+
+    limit: int | None = None
+    padding: int | None = None
+    is_from_mask: bool = False
+
+    @classmethod
+    def of(cls, body: nn.Module) -> PositionTable:
+        """Returns that of a body."""
+        tables = (m for p, m in base_modules(body).items() if _POSITIONS.fullmatch(leaf(p)))
+        table: Any = next((m for m in tables if isinstance(m, nn.Embedding)), None)
+        if table is None:
+            return cls()
+        padding = getattr(table, "padding_idx", None)
+        first = getattr(table, "offset", 0) if padding is None else padding + 1
+        reads = inspect.signature(table.forward).parameters
+        return cls(table.num_embeddings - first, padding, "attention_mask" in reads)
+
+
+class EmbeddingSite(Site):
+    """Deltas on the sequence of embedded tokens.
+
+    Args:
+        active: the model's shared state.
+    """
+
+    def __init__(self, active: Active) -> None:
+        super().__init__(active)
+        self.kept = Kept()
+        self.arguments: tuple[str, ...] = ()
+        """Names of what the body takes, in order."""
+        self.reads: tuple[str, ...] = ()
+        """Those of the decoder that attends to its answer; empty without one."""
+        self.table = PositionTable()
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers `before` and `after`."""
+        self.arguments = tuple(inspect.signature(host.forward).parameters)
+        self.table = PositionTable.of(host)
+        self.handles = [
+            host.register_forward_pre_hook(self.before, with_kwargs=True),
+            host.register_forward_hook(self.after),
+        ]
+
+    def extend_reader(self, model: nn.Module, place: EmbeddingPlace) -> None:
+        """Registers `extend` on the decoder that attends to what the host answers, once."""
+        if place.reader is not None and not self.reads:
+            decoder = model.get_submodule(place.reader)
+            self.reads = tuple(inspect.signature(decoder.forward).parameters)
+            self.handles.append(decoder.register_forward_pre_hook(self.extend, with_kwargs=True))
+
+    def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Puts the prompt into what the body is given. A forward pre-hook.
+
+        Raises:
+            AdapterError: the body is given something that a prompt can't be put into.
+        """
+        self.kept.pop(("woven", thread_id()), None)
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        cache = given.get("past_key_values")
+        if cache is not None and _length(cache):
+            return (), self._continued(given, getattr(cache, MARK, None))
+        if not self._acts_now():
+            return None
+        ids = _ids(given)
+        woven = self._woven(len(ids), ids.device)
+        if woven is None:
+            return None
+        return (), self._longer(host, given, ids, woven)
+
+    def after(self, host: nn.Module, args: Any, output: Any) -> Any:
+        """Takes the virtual tokens out of what the body answers. A forward hook."""
+        found: Any = self.kept.pop(("woven", thread_id()), None)
+        if found is None:
+            return None
+        woven, at, length = found
+        for value in _values(output):
+            if hasattr(value, "get_seq_length"):
+                setattr(value, MARK, woven)
+        if self.reads:
+            return None
+        return _shorter(host, output, woven, at, length)
+
+    def extend(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Lets a decoder's mask of what the encoder saw cover the prompt. A forward pre-hook.
+
+        Raises:
+            AdapterError: the encoder ran under another composition.
+        """
+        given = {**dict(zip(self.reads, args, strict=False)), **kwargs}
+        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        woven = self._woven(len(states), states.device) if states is not None else None
+        if states is None or woven is None:
+            return None
+        if mask is None:
+            if woven.lengths is None:
+                return None
+            mask = states.new_ones(len(states), states.shape[1] - woven.most, dtype=torch.long)
+        if mask.ndim != 2 or mask.shape[1] + woven.most != states.shape[1]:
+            raise AdapterError(
+                f"The decoder attends to {states.shape[1]} states of the encoder under a mask of "
+                f"{tuple(mask.shape)} and a prompt of {woven.most}: run the encoder under the "
+                "adapter that is active now, with a mask of (rows, tokens)."
+            )
+        at = woven.at(mask, len(mask), mask.device)
+        return (), {**given, "encoder_attention_mask": woven.mask(mask, at)}
+
+    def _acts_now(self) -> bool:
+        plan = self.active.current()
+        return any(self.holds(steps) for steps, _ in plan.groups or ((plan.steps, ()),))
+
+    def _longer(
+        self, host: nn.Module, given: dict[str, Any], ids: Tensor, woven: Woven
+    ) -> dict[str, Any]:
+        mask = given.get("attention_mask")
+        _check_mask(mask)
+        at = woven.at(mask, len(ids), ids.device)
+        tables: Any = host
+        tokens: Tensor = tables.get_input_embeddings()(ids)
+        changed: dict[str, Any] = {"inputs_embeds": woven.into(woven.prompt, tokens, at)}
+        limit = self.table.limit
+        if limit is not None and ids.shape[1] + woven.most > limit:
+            raise AdapterError(
+                f"{ids.shape[1]} tokens and a prompt of {woven.most} are more than the {limit} "
+                f"positions of this {type(host).__name__}: shorten the text, or the prompt."
+            )
+        if mask is None and woven.lengths is not None:
+            mask = torch.ones_like(ids)
+        if mask is not None:
+            changed["attention_mask"] = woven.mask(mask, at)
+        types = given.get("token_type_ids")
+        if types is not None:
+            none = types.new_zeros(len(ids), woven.most)
+            changed["token_type_ids"] = woven.into(none, types.expand(len(ids), -1), at)
+        positions = self._positions(given, ids, woven)
+        if positions is not None:
+            changed["position_ids"] = woven.positions(positions, at)
+        self.kept["woven", thread_id()] = (woven, at, ids.shape[1])  # type: ignore[assignment]
+        rest = {name: value for name, value in given.items() if name != "input_ids"}
+        return {**rest, **changed}
+
+    def _positions(self, given: dict[str, Any], ids: Tensor, woven: Woven) -> Tensor | None:
+        """Returns the positions that the base gives its tokens, None where it finds them itself."""
+        positions = given.get("position_ids")
+        if positions is not None:
+            if positions.ndim != 2:
+                found = tuple(positions.shape)
+                raise AdapterError(f"A prompt takes position_ids of (rows, tokens), found {found}.")
+            return positions
+        pad = self.table.padding
+        if pad is not None:  # RoBERTa counts what isn't padding, and can only tell from ids
+            is_real = ids.ne(pad).int()
+            return (is_real.cumsum(1) * is_real).long() + pad
+        return self._counted(0, ids) if woven.lengths is not None else None
+
+    def _counted(self, start: int, ids: Tensor) -> Tensor | None:
+        """Returns positions from `start` on, None where the body finds them itself."""
+        if "position_ids" not in self.arguments or self.table.is_from_mask:
+            return None
+        return torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+
+    def _continued(self, given: dict[str, Any], mark: Any) -> dict[str, Any]:
+        """Returns the arguments of a pass that goes on with a cache which may hold a prompt."""
+        if mark is None:
+            return given
+        woven: Woven = mark
+        changed: dict[str, Any] = {}
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        _check_mask(mask)
+        ids = _ids(given)
+        known = _length(given["past_key_values"]) - woven.most  # real tokens
+        if mask is None and woven.lengths is not None:
+            mask = ids.new_ones(len(ids), known + ids.shape[1])
+        if mask is not None:
+            changed["attention_mask"] = woven.mask(mask, woven.at(mask, len(mask), mask.device))
+        if positions is None and woven.lengths is not None:
+            positions = self._counted(known, ids)
+        if positions is not None:
+            changed["position_ids"] = woven.later(positions)
+        return {**given, **changed}
+
+    def _woven(self, rows: int, device: torch.device) -> Woven | None:
+        """Returns the active prompts of a batch, None for none.
+
+        Raises:
+            AdapterError: they can't act together.
+        """
+        plan = self.active.current()
+        if plan.groups is None:
+            prompt = self._prompt(plan.steps)
+            if prompt is None:
+                return None
+            return Woven(prompt.expand(rows, *prompt.shape), None, self._is_after_first(plan.steps))
+        found = [(self._prompt(steps), at, steps) for steps, at in self.mixed_rows(rows, device)]
+        some = [prompt for prompt, _, _ in found if prompt is not None]
+        if not some:
+            return None
+        most = max(len(prompt) for prompt in some)
+        after = self._is_after_first(tuple(step for _, _, steps in found for step in steps))
+        prompts: list[tuple[RowsAt, Tensor]] = []
+        lengths: list[tuple[RowsAt, Tensor]] = []
+        for prompt, at, _ in found:
+            own = some[0][:0] if prompt is None else prompt
+            n = at.stop - at.start if isinstance(at, slice) else len(at)
+            padded = F.pad(own, (0, 0, most - len(own), 0))
+            prompts.append((at, padded.expand(n, *padded.shape)))
+            lengths.append((at, torch.full((n,), len(own), device=device)))
+        differ = any(prompt is None or len(prompt) < most for prompt, _, _ in found)
+        return Woven(joined(prompts), joined(lengths) if differ else None, after)
+
+    def _prompt(self, steps: Steps) -> Tensor | None:
+        """Returns the virtual tokens of some steps one after the other, `(m, width)`."""
+        parts: list[Tensor] = []
+        for step in steps:
+            if isinstance(step, str):
+                delta = self._modules.get(step)
+                if isinstance(delta, EmbeddingDelta):
+                    parts.append(delta.prompt())
+            elif isinstance(step, Mean) and self.holds((step,)):
+                parts.append(self._mean(step))
+        return torch.cat(parts) if parts else None
+
+    def _mean(self, mean: Mean) -> Tensor:
+        made = [(weight, self._prompt(steps)) for weight, steps in mean.branches]
+        lengths = [0 if prompt is None else len(prompt) for _, prompt in made]
+        if len(set(lengths)) > 1:
+            raise AdapterError(
+                "Average takes prompts of one length, found members with "
+                f"{', '.join(map(str, lengths))} virtual tokens."
+            )
+        return torch.stack([weight * prompt for weight, prompt in made if prompt is not None]).sum(
+            0
+        )
+
+    def _is_after_first(self, steps: Steps) -> bool:
+        names = [name for name in dict.fromkeys(names_in(steps)) if name in self._modules]
+        found = {bool(getattr(self._modules[name], "is_after_first", False)) for name in names}
+        if len(found) > 1:
+            raise AdapterError(
+                f"The prompts {', '.join(names)} act together, so all must be in the same "
+                'position: "front" or "after-first".'
+            )
+        return found.pop() if found else False
+
+
+def entrance(method: str, model: nn.Module, anatomy: Anatomy) -> EmbeddingPlace:
+    """Returns where a model's prompt goes: of an encoder-decoder, into the encoder.
+
+    Raises:
+        SettingsError: no module of it takes embeddings in place of ids.
+    """
+    stacks = anatomy.stacks
+    is_text = bool(stacks) and all(stack.kind in ("encoder", "decoder") for stack in stacks)
+    wanted = {"input_ids", "inputs_embeds"}
+    body = _above(model, stacks[0].blocks[0].path, wanted) if is_text else None
+    if body is None:
+        raise SettingsError(
+            f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
+            "token ids (inputs_embeds), so it can't be given virtual tokens."
+        )
+    if len(stacks) == 1:
+        return EmbeddingPlace(body)
+    return EmbeddingPlace(
+        body, _above(model, stacks[1].blocks[0].path, {"encoder_hidden_states", "inputs_embeds"})
+    )
+
+
+def takes_any_length(model: nn.Module, place: EmbeddingPlace) -> bool:
+    """Whether rows of a batch may have prompts of different lengths, or none."""
+    body = model.get_submodule(place.module)
+    reads = inspect.signature(body.forward).parameters
+    return "position_ids" in reads or PositionTable.of(body).limit is None
+
+
+def _above(model: nn.Module, path: str, wanted: set[str]) -> str | None:
+    """Returns the nearest module around `path` whose forward takes what is wanted."""
+    while path:
+        path = parent(path)
+        if wanted <= set(inspect.signature(model.get_submodule(path).forward).parameters):
+            return path
+    return None
+
+
+def _length(cache: Any) -> int:
+    return int(cache.get_seq_length())
+
+
+def _ids(given: dict[str, Any]) -> Tensor:
+    """Returns the token ids that a body is given.
+
+    Raises:
+        AdapterError: there are none.
+    """
+    ids = given.get("input_ids")
+    if ids is None or given.get("inputs_embeds") is not None:
+        what = "inputs_embeds" if given.get("inputs_embeds") is not None else "neither"
+        raise AdapterError(
+            f"A prompt is put among the embeddings of input_ids, found {what}: pass input_ids "
+            "alone, or gt.activate(model, None)."
+        )
+    return ids
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise AdapterError(
+            f"A prompt takes an attention_mask of (rows, tokens), found {found}; static caches "
+            'make such masks, so generate with cache_implementation="dynamic".'
+        )
+
+
+def _values(output: Any) -> Iterator[Any]:
+    if isinstance(output, tuple | list):
+        yield from output
+    else:
+        yield from dict(output).values()
+
+
+def _shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int) -> Any:
+    """Returns a body's answer without the virtual tokens' hidden states."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            is_states = value.ndim == 3 and value.shape[1] == length + woven.most
+            return woven.out_of(value, at) if is_states else value
+        return tuple(map(cut, value)) if type(value) is tuple else value
+
+    if isinstance(output, tuple | list):
+        return tuple(map(cut, output))
+    made = {name: cut(value) for name, value in output.items()}
+    pooler: Any = host._modules.get("pooler")
+    moved = woven.lengths is not None or not woven.is_after_first
+    if made.get("pooler_output") is not None and pooler is not None and moved:
+        made["pooler_output"] = pooler(made["last_hidden_state"])  # of the first real token
+    return type(output)(**made)
