@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from graftune.methods.parallel import ParallelAdapter
     from graftune.methods.pfeiffer import PfeifferAdapter
     from graftune.methods.prefix import PrefixTuning, PTuningV2
+    from graftune.methods.prompt import PromptTuning
     from graftune.methods.said import SAID
     from graftune.methods.selective import Selective
     from graftune.methods.vera import VeRA
@@ -104,6 +105,7 @@ __all__ = [
     "ParallelAdapter",
     "PfeifferAdapter",
     "PrefixTuning",
+    "PromptTuning",
     "Rows",
     "Selective",
     "Stack",

@@ -90,6 +90,7 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         )
         for name, method in (("PrefixTuning", gt.PrefixTuning), ("PTuningV2", gt.PTuningV2))
     },
+    "PromptTuning": lambda: st.builds(gt.PromptTuning, length=st.integers(1, 99), train_head=heads),
     "AdapterFusion": lambda: st.builds(
         gt.AdapterFusion,
         members=st.just(("a", "b")) | st.just((("a", "c"), "b")),

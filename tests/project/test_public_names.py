@@ -35,6 +35,7 @@ PUBLIC = [
     "ParallelAdapter",
     "PfeifferAdapter",
     "PrefixTuning",
+    "PromptTuning",
     "Rows",
     "SAID",
     "Selective",
