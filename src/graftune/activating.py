@@ -137,7 +137,7 @@ def _named_fusion(state: Grafts, fuse: Fuse) -> Fuse:
 
 def _check_drop(state: Grafts, drop: int | AdapterDrop | None) -> None:
     schedule = AdapterDrop.of(drop)
-    depth = max((len(stack.blocks) for stack in state.anatomy.stacks), default=0)
+    depth = state.anatomy.depth
     most = max(schedule.high, schedule.rest)
     if most > depth:
         raise AdapterError(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from graftune.activating import activate as activate
 from graftune.activating import check_composition, set_active
 from graftune.activating import using as using
-from graftune.anatomy import Anatomy, anatomy
-from graftune.attached import STATE, Adapter, Grafts, adapters, plain_model, state_of
+from graftune.anatomy import Anatomy
+from graftune.attached import STATE, Adapter, Grafts, adapters, anatomy_of, plain_model, state_of
 from graftune.composition import check_names, members_of
 from graftune.errors import AdapterError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
@@ -130,7 +130,7 @@ def attach_planned(
     state: Grafts | None = model.__dict__.get(STATE)
     if state is not None:
         _check_place(state, method, name)
-    parts = state.anatomy if state is not None else anatomy(model)
+    parts = anatomy_of(model)
     planned = plan(parts)
     state = state or _install(model, parts)
     adapter = Adapter(name, planned.method, model, planned.grafts, planned.heads)

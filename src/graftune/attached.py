@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graftune.anatomy import Anatomy
+from graftune.anatomy import Anatomy, anatomy
 from graftune.anatomy.modules import is_in
 from graftune.composition import members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, TrainingError
@@ -312,6 +312,12 @@ def state_of(model: nn.Module) -> Grafts:
     if state is None:
         raise AdapterError(f"No adapter is attached to this {type(model).__name__}.")
     return state
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Returns what a model is made of, looked at once if adapters are attached to it."""
+    state = plain_model(model).__dict__.get(STATE)
+    return anatomy(model) if state is None else state.anatomy
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -66,7 +66,9 @@ def combine(
     if how in ("cat", "svd"):
         method, tensors = _low_rank(adapters, given, how, r)
     else:
-        method, tensors = adapters[0].method, _combined(adapters, given, how, density, seed)
+        states = [adapter.state_dict() for adapter in adapters]
+        method = adapters[0].method
+        tensors = _combined(adapters, states, given, how, density, seed)
     heads = adapters[0].head_names
 
     def plan(parts: Anatomy) -> Planned:
@@ -119,10 +121,14 @@ def _checked(
 
 
 def _combined(
-    adapters: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
+    adapters: Sequence[Adapter],
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    how: str = "linear",
+    density: float = 1.0,
+    seed: int = 0,
 ) -> Tensors:
-    """Returns the new adapter's tensors."""
-    states = [adapter.state_dict() for adapter in adapters]
+    """Returns the new adapter's tensors, of those in the members' states."""
     _check_alike(adapters, states)
     bases = _bases(adapters[0])
     draw = torch.Generator().manual_seed(seed)
@@ -206,7 +212,8 @@ def _low_rank(
     if not isinstance(first, LoRA):
         raise AdapterError(f'combine how="{how}" is for LoRA, found {first.name}.')
     found, others = _factors(adapters), _others(adapters)
-    tensors = _combined_own(adapters, others, weights)
+    states = [{n: t for n, t in a.state_dict().items() if n in others} for a in adapters]
+    tensors = _combined(adapters, states, weights)
     ranks: dict[str, int] = {}
     for key, deltas in found.items():
         parts = list(zip(weights, deltas, strict=True))
@@ -262,20 +269,6 @@ def _others(adapters: Sequence[Adapter]) -> set[str]:
                     'joined of: take how="linear".'
                 )
     return names
-
-
-def _combined_own(
-    adapters: Sequence[Adapter], names: set[str], weights: Sequence[float]
-) -> Tensors:
-    states = [{n: t for n, t in a.state_dict().items() if n in names} for a in adapters]
-    _check_alike(adapters, states)
-    bases = _bases(adapters[0])
-    found: Tensors = {}
-    for name, first in states[0].items():
-        base = bases.get(name, torch.zeros_like(first)).to(first)
-        parts = zip(weights, states, strict=True)
-        found[name] = base + sum(w * (state[name].to(first) - base) for w, state in parts)
-    return found
 
 
 def _joined(parts: Sequence[tuple[float, LowRank]]) -> tuple[Tensor, Tensor]:

@@ -128,6 +128,11 @@ class Anatomy:
         """Positions of the blocks in their own stacks, by path."""
         return {block.path: block.position for block in self.blocks}
 
+    @property
+    def depth(self) -> int:
+        """Blocks of the deepest stack."""
+        return max((len(stack.blocks) for stack in self.stacks), default=0)
+
     def __str__(self) -> str:
         from graftune.anatomy.printing import render
 

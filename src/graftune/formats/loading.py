@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from graftune import adapter as adapters
 from graftune.adapter import Adapter, Planned
-from graftune.anatomy import Anatomy, anatomy
+from graftune.anatomy import Anatomy
+from graftune.attached import anatomy_of
 from graftune.errors import FormatError, SettingsError
 from graftune.formats import base, directory, peft_types
 from graftune.formats.adapterhub import loading as adapterhub
@@ -66,7 +67,7 @@ def load(
         base.check(model, own["base"], where, skip=own.get("heads", ()))
     with _refused(where, _version(found)):
         if not head:
-            found, tensors = without_heads(model, _anatomy(model), found, tensors)
+            found, tensors = without_heads(model, anatomy_of(model), found, tensors)
         if own is not None and (own_method(found).trains_in_place or not own.get("peft", True)):
             return _load_own(model, found, tensors, where, name)
         kind = peft_types.reader(found.config["peft_type"], where)
@@ -132,11 +133,6 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             f"{where}: {len(bad)} of {len(tensors)} tensors hold values that aren't finite: "
             f"{listed(bad)}."
         )
-
-
-def _anatomy(model: nn.Module) -> Anatomy:
-    state = model.__dict__.get(adapters.STATE)
-    return anatomy(model) if state is None else state.anatomy
 
 
 def _is_merged(model: nn.Module) -> bool:

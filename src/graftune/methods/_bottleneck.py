@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from graftune.anatomy import Anatomy
 from graftune.anatomy.ports import Sublayer, resolve_sublayers
 from graftune.anatomy.tensors import resolve_norms
-from graftune.errors import AdapterError, SettingsError, nearest
+from graftune.errors import AdapterError, SettingsError
 from graftune.methods._invertible import coupling_count, plan_coupling
 from graftune.methods._maps import ACTIVATIONS, start_pair
 from graftune.methods.base import Method
@@ -220,10 +220,9 @@ class BottleneckMethod(Method):
                 f"{self.name}: sublayers is {list(self.sublayers)}, expected one or more different "
                 f"of {', '.join(KINDS)}."
             )
-        for kind in self.sublayers:
-            self._check_one("sublayers", kind, KINDS)
-        self._check_one("activation", self.activation, tuple(ACTIVATIONS))
-        self._check_one("init", self.init, self.inits)
+        self._check_choice("sublayers", KINDS)
+        self._check_choice("activation", tuple(ACTIVATIONS))
+        self._check_choice("init", self.inits)
         for field in ("dropout", "stochastic_depth"):
             self._check_number(field, 0, 1, open_high=True)
         if self.bottleneck is not None:
@@ -233,16 +232,9 @@ class BottleneckMethod(Method):
         if self.norm_adds_skip and not self.norm_after:
             raise SettingsError(f"{self.name}: norm_adds_skip needs norm_after=True.")
 
-    def _check_one(self, field: str, value: str, choices: tuple[str, ...]) -> None:
-        if value not in choices:
-            raise SettingsError(
-                f"{self.name}: {field} is {value!r}, expected one of {', '.join(choices)}."
-                f"{nearest(value, choices)}"
-            )
-
     def _check_scale(self) -> None:
         if isinstance(self.scale, str):
-            self._check_one("scale", self.scale, ("learned", "channel"))
+            self._check_choice("scale", ("learned", "channel"))
         elif not math.isfinite(self.scale):
             raise SettingsError(f"{self.name}: scale is {self.scale!r}, expected a finite number.")
 

@@ -106,22 +106,20 @@ class PrefixFromMlp(AttentionDelta):
 
     def prefix(self, heads: int) -> tuple[Tensor, Tensor] | None:
         """See `AttentionDelta.prefix`."""
-        made = cast(Mlp, self.common.get_submodule(self.group)).rows(
-            self.at, self.at + sum(self.widths)
-        )
+        made = self._made()
         if self.p and self.training:
             made = F.dropout(made, self.p)
         key, value = made.split(self.widths, dim=-1)
         return key, value
 
+    def _made(self) -> Tensor:
+        mlp = cast(Mlp, self.common.get_submodule(self.group))
+        return mlp.rows(self.at, self.at + sum(self.widths))
+
     @torch.no_grad()
     def values(self) -> PrefixValues:
         """Returns the prefix itself, without the MLP."""
-        key, value = (
-            cast(Mlp, self.common.get_submodule(self.group))
-            .rows(self.at, self.at + sum(self.widths))
-            .split(self.widths, dim=-1)
-        )
+        key, value = self._made().split(self.widths, dim=-1)
         return PrefixValues(key.clone(), value.clone(), self.p)
 
 

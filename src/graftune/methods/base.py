@@ -249,13 +249,14 @@ class Method:
             raise SettingsError(f"{self.name}: {field} is {value!r}, expected {bound}.")
 
     def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
-        """Raises unless a field is one of the choices."""
-        value = getattr(self, field)
-        if value not in choices:
-            raise SettingsError(
-                f"{self.name}: {field} is {value!r}, expected one of {', '.join(choices)}."
-                f"{nearest(str(value), choices)}"
-            )
+        """Raises unless a field is one of the choices, or a list of them."""
+        given = getattr(self, field)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value not in choices:
+                raise SettingsError(
+                    f"{self.name}: {field} is {value!r}, expected one of {', '.join(choices)}."
+                    f"{nearest(str(value), choices)}"
+                )
 
 
 M = TypeVar("M", bound=type[Method])

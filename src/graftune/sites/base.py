@@ -198,43 +198,47 @@ class EmbeddingDelta(Delta):
         raise NotImplementedError
 
 
+class PlaceBeside:
+    """A place beside the base's tensors, of which it changes no entry."""
+
+    site: ClassVar[str]
+    """Name of the site among those of the host."""
+    parameter: ClassVar[str] = ""
+
+    def size(self, host: nn.Module) -> int:
+        """Returns 0: it changes no entry of the base."""
+        return 0
+
+
 @dataclass(frozen=True)
-class EmbeddingPlace:
+class EmbeddingPlace(PlaceBeside):
     """Where token ids become embeddings."""
 
+    site: ClassVar[str] = "embedding"
     module: str
     """The body: takes `input_ids` or `inputs_embeds`."""
     reader: str | None = None
     """The decoder that attends to what the body answers, of an encoder-decoder."""
-    parameter: str = ""
 
     @property
     def key(self) -> str:
         """What the names of the tensors at this place begin with."""
         return f"{self.module}.prompt" if self.module else "prompt"
 
-    def size(self, host: nn.Module) -> int:
-        """Returns 0: it changes no entry of the base."""
-        return 0
-
 
 @dataclass(frozen=True)
-class AttentionPlace:
+class AttentionPlace(PlaceBeside):
     """One attention of a block."""
 
+    site: ClassVar[str] = "attention"
     module: str
     """The module that calls the attention function."""
     kind: str = "attention"
-    parameter: str = ""
 
     @property
     def key(self) -> str:
         """What the names of the tensors at this place begin with."""
         return f"{self.module}.prefix"
-
-    def size(self, host: nn.Module) -> int:
-        """Returns 0: it changes no entry of the base."""
-        return 0
 
 
 @dataclass(frozen=True)
@@ -286,9 +290,10 @@ class ParameterPlace:
 
 
 @dataclass(frozen=True)
-class SublayerPlace:
+class SublayerPlace(PlaceBeside):
     """A sublayer of a block: where it is read, and where its answer is changed."""
 
+    site: ClassVar[str] = "sublayer"
     module: str
     """Whose output is changed."""
     name: str
@@ -297,16 +302,11 @@ class SublayerPlace:
     residual: str | None = None
     norm: str | None = None
     """See `graftune.anatomy.ports.Ports`."""
-    parameter: str = ""
 
     @property
     def key(self) -> str:
         """What the names of the tensors at this place begin with."""
         return f"{self.name}.adapter"
-
-    def size(self, host: nn.Module) -> int:
-        """Returns 0: it changes no entry of the base."""
-        return 0
 
 
 Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace | EmbeddingPlace
@@ -397,6 +397,16 @@ class Site(nn.Module):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def take(self, model: nn.Module, name: str, graft: Graft) -> None:
+        """Adds an adapter's delta.
+
+        Args:
+            model: the base.
+            name: the adapter's.
+            graft: whose place is this site's.
+        """
+        self._modules[name] = graft.delta
 
     def holds(self, steps: Steps) -> bool:
         """Whether an adapter that takes part in some steps has something here."""

@@ -25,10 +25,10 @@ from graftune.anatomy import Anatomy
 from graftune.anatomy.modules import leaf, parent
 from graftune.composition import Mean, Steps, names_in
 from graftune.errors import AdapterError, SettingsError
-from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Site, base_modules
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft, Site, base_modules
+from graftune.sites.kept import Kept, thread_id
 from graftune.sites.plan import RowsAt, joined
 from graftune.sites.state import Active
-from graftune.sites.sublayer import Kept, thread_id
 from graftune.sites.woven import Woven
 
 MARK = "_graftune_prompt"
@@ -88,6 +88,12 @@ class EmbeddingSite(Site):
             host.register_forward_hook(self.after),
         ]
 
+    def take(self, model: nn.Module, name: str, graft: Graft) -> None:
+        """See `Site.take`: also follows the answer to the decoder that reads it."""
+        assert isinstance(graft.place, EmbeddingPlace)
+        super().take(model, name, graft)
+        self.extend_reader(model, graft.place)
+
     def extend_reader(self, model: nn.Module, place: EmbeddingPlace) -> None:
         """Registers `extend` on the decoder that attends to what the host answers, once."""
         if place.reader is not None and not self.reads:
@@ -116,7 +122,7 @@ class EmbeddingSite(Site):
 
     def after(self, host: nn.Module, args: Any, output: Any) -> Any:
         """Takes the virtual tokens out of what the body answers. A forward hook."""
-        found: Any = self.kept.pop(("woven", thread_id()), None)
+        found = self.kept.pop(("woven", thread_id()), None)
         if found is None:
             return None
         woven, at, length = found
@@ -181,7 +187,7 @@ class EmbeddingSite(Site):
         positions = self._positions(given, ids, woven)
         if positions is not None:
             changed["position_ids"] = woven.positions(positions, at)
-        self.kept["woven", thread_id()] = (woven, at, ids.shape[1])  # type: ignore[assignment]
+        self.kept["woven", thread_id()] = (woven, at, ids.shape[1])
         rest = {name: value for name, value in given.items() if name != "input_ids"}
         return {**rest, **changed}
 

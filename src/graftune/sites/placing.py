@@ -15,8 +15,9 @@ from graftune.sites.base import (
     EmbeddingPlace,
     Graft,
     LinearPlace,
+    ParameterPlace,
+    Place,
     Site,
-    SublayerDelta,
     SublayerPlace,
     base_modules,
 )
@@ -52,28 +53,9 @@ def insert(
         inside = block_of(place.module, layers or {})
         layer = ALWAYS if inside is None else inside
         graft.delta.train(host.training)
-        if isinstance(place, SublayerPlace):
-            site = _site(host, "sublayer", lambda n=layer: SublayerSite(active, n))
-            assert isinstance(site, SublayerSite)
-            assert isinstance(graft.delta, SublayerDelta)
-            site.read(model, place, graft.delta.reads)
-            site._modules[name], site.places[name] = graft.delta, place
-            continue
-        if isinstance(place, AttentionPlace):
-            site = _site(host, "attention", lambda n=layer: AttentionSite(active, n))
-            site._modules[name] = graft.delta
-            continue
-        if isinstance(place, EmbeddingPlace):
-            site = _site(host, "embedding", lambda: EmbeddingSite(active))
-            assert isinstance(site, EmbeddingSite)
-            site._modules[name] = graft.delta
-            site.extend_reader(model, place)
-            continue
-        if isinstance(place, LinearPlace):
-            site = _site(
-                host, place.site, lambda h=host, p=place, n=layer: _linear_site(active, h, p, n)
-            )
-            site._modules[name] = graft.delta
+        if not isinstance(place, ParameterPlace):
+            site = _site(host, place.site, lambda h=host, p=place, n=layer: _made(active, h, p, n))
+            site.take(model, name, graft)
             continue
         tensor = host._parameters.get(place.parameter)
         alone = [(place.module, place.parameter)]
@@ -150,7 +132,15 @@ def block_of(path: str, positions: Mapping[str, int]) -> int | None:
     return None
 
 
-def _linear_site(active: Active, host: nn.Module, place: LinearPlace, layer: int) -> Site:
+def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
+    """Returns a new site for a place that isn't a tensor's."""
+    if isinstance(place, SublayerPlace):
+        return SublayerSite(active, layer)
+    if isinstance(place, AttentionPlace):
+        return AttentionSite(active, layer)
+    if isinstance(place, EmbeddingPlace):
+        return EmbeddingSite(active)
+    assert isinstance(place, LinearPlace)
     if place.side == "input":
         return InputSite(active, layer)
     return LinearSite(active, place.rows, next(host.parameters()).device, layer)

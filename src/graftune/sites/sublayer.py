@@ -9,26 +9,23 @@ there until h comes, by the thread that runs the pass.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graftune.composition import Fused, Steps
-from graftune.sites.base import Bottleneck, Seen, Site, SublayerDelta, SublayerPlace, branched
+from graftune.sites.base import (
+    Bottleneck,
+    Graft,
+    Seen,
+    Site,
+    SublayerDelta,
+    SublayerPlace,
+    branched,
+)
+from graftune.sites.kept import Kept, thread_id
 from graftune.sites.plan import ALWAYS, RowsAt
 from graftune.sites.state import Active
-
-
-class Kept(dict[tuple[str, int], Tensor]):
-    """Tensors on their way from where they are read to where h comes; a copy starts empty."""
-
-    def __deepcopy__(self, memo: Any) -> Kept:
-        return Kept()
-
-    def __reduce__(self) -> Any:
-        return Kept, ()
 
 
 class SublayerSite(Site):
@@ -55,6 +52,14 @@ class SublayerSite(Site):
         """Puts `after` behind the host's other hooks, whose answer it takes."""
         hooks: Any = host._forward_hooks  # an OrderedDict, though torch says dict
         hooks.move_to_end(self.handles[0].id)
+
+    def take(self, model: nn.Module, name: str, graft: Graft) -> None:
+        """See `Site.take`: also reads what the delta asks for."""
+        assert isinstance(graft.place, SublayerPlace)
+        assert isinstance(graft.delta, SublayerDelta)
+        self.read(model, graft.place, graft.delta.reads)
+        super().take(model, name, graft)
+        self.places[name] = graft.place
 
     def read(self, model: nn.Module, place: SublayerPlace, fields: frozenset[str]) -> None:
         """Registers hooks where a new delta reads, unless they are there."""
@@ -139,11 +144,6 @@ class SublayerSite(Site):
         last = self._modules[here[-1]]
         assert isinstance(last, SublayerDelta)
         return last.bottleneck(self._changed(tuple(here[:-1]), h, seen), seen)
-
-
-def thread_id() -> int:
-    """Returns what tells the calling thread from others; 0 in what is compiled."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _first(args: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -44,8 +44,7 @@ def activate(adapter: Adapter, drop: Drop) -> str | None:
 
     if not drop:
         return None
-    found, state = schedule(drop), adapter.anatomy
-    depth = max((len(stack.blocks) for stack in state.stacks), default=0)
+    found, depth = schedule(drop), adapter.anatomy.depth
     try:
         act(adapter.model, adapter.name, drop=found)
     except AdapterError as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftune import adapter as adapters
 from graftune.adapter import Planned
-from graftune.anatomy import anatomy
+from graftune.attached import anatomy_of
 from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats import adapterhub, directory
 from graftune.formats.adapterhub import folder as folders
@@ -86,8 +86,7 @@ def load(model: nn.Module, saved: Saved, name: str, choices: Choices) -> Adapter
     config = kind.checked(folder.settings, where, folder.wrote)
     base = _base_of(folder)
 
-    state = model.__dict__.get(adapters.STATE)
-    parts = anatomy(model) if state is None else state.anatomy
+    parts = anatomy_of(model)
     tensors = names.sort(saved.tensors, parts, folder.name, where, base)
     if kind.in_every_block:
         names.check_even(tensors, parts, config["leave_out"], where, base)
