@@ -18,6 +18,7 @@ OWN = {
     "eval_dataset",
     "forward",
     "group_by_length",
+    "head_lr",
     "on_interrupt",
     "optimizer_cls_and_kwargs",
     "train_dataset",

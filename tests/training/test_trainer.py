@@ -139,6 +139,30 @@ def test_a_method_sets_learning_rates(tmp_path) -> None:
         run.create_optimizer()
 
 
+def test_a_head_learns_at_its_own_rate(tmp_path) -> None:
+    run = trainer(tmp_path, gt.LoRA(r=2, lr_ratio=4), head_lr=0.5, weight_decay=0.1)
+    rates = {id(p): g["lr"] for g in run.create_optimizer().param_groups for p in g["params"]}
+    adapter = gt.adapters(run.model)["task"]
+    assert adapter.head_names == ("classifier",)
+    assert len(rates) == len(list(adapter.parameters()))
+    for name, parameter in adapter.named_parameters():
+        wanted = 0.5 if name.startswith("classifier.") else 0.04 if name.endswith("B") else 0.01
+        assert rates[id(parameter)] == pytest.approx(wanted), name
+
+
+def test_a_head_of_a_model_that_trains_in_place_has_its_own_rate(tmp_path) -> None:
+    run = trainer(tmp_path, gt.FullFineTuning(), head_lr=0.5)
+    fast = [g for g in run.create_optimizer().param_groups if g["lr"] == pytest.approx(0.5)]
+    wanted = [p for n, p in run.model.named_parameters() if n.startswith("classifier.")]
+    assert {id(p) for g in fast for p in g["params"]} == {id(p) for p in wanted}
+
+
+def test_a_rate_for_a_head_that_doesnt_train_is_refused(tmp_path) -> None:
+    run = trainer(tmp_path, gt.LoRA(r=2, train_head=False), head_lr=0.5)
+    with pytest.raises(TrainingError, match=r"head_lr is 0\.5, but no head trains"):
+        run.create_optimizer()
+
+
 def test_lora_plus_trains_b_faster(tmp_path) -> None:
     run = trainer(tmp_path, gt.LoRA(r=2, lr_ratio=16), max_steps=1, warmup_steps=0, optim="sgd")
     rates = {id(p): g["lr"] for g in run.create_optimizer().param_groups for p in g["params"]}

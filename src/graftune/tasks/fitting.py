@@ -73,6 +73,7 @@ def fit(
         compute_metrics=_scores(task),
         preprocess_logits_for_metrics=_summaries(task),
         group_by_length=settings.train.group_by_length,
+        head_lr=settings.train.head_lr,
         callbacks=_callbacks(settings, watcher, run_dir, plan),
     )
     trainer.remove_callback(PrinterCallback)

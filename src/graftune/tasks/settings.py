@@ -94,6 +94,8 @@ class TrainSettings(_Section):
     lr: Positive | None = None
     """Learning rate at its highest. Default: the method's `default_lr` (LoRA and BitFit 1e-3, full
     fine-tuning 5e-5: few trained values want large steps)."""
+    head_lr: Positive | None = None
+    """Learning rate of a head that trains with the method. Default: the same."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after the warm-up."""
     warmup: Fraction = 0.06

@@ -45,9 +45,10 @@ class TrainerMixin(_Base):
         group_by_length: bool = True,
         on_interrupt: Callable[[Path | None], None] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
+        head_lr: float | None = None,
         **settings: Any,
     ) -> None:
-        """Takes what the Trainer takes, and three settings more.
+        """Takes what the Trainer takes, and four settings more.
 
         Args:
             model: a model with adapters attached (or without: then it trains what it would).
@@ -58,11 +59,12 @@ class TrainerMixin(_Base):
             on_interrupt: called after Ctrl-C with the checkpoint to resume from, or None.
             forward: gives a batch's outputs, among them "loss", a mean over its examples; else the
                 model itself does.
+            head_lr: learning rate of heads that train with the adapters; None: `learning_rate`.
             settings: the Trainer's further settings, by name.
         """
         self.group_by_length = group_by_length
         self.on_interrupt = on_interrupt
-        self.forward = forward
+        self.forward, self.head_lr = forward, head_lr
         if forward is not None:
             self.loss_is_scaled_for_ga = False
         self.interruption = Interruption()
@@ -178,21 +180,29 @@ class TrainerMixin(_Base):
         """Makes the optimizer, with the learning rates that methods ask for.
 
         Raises:
-            TrainingError: the optimizer makes its own groups, and a method needs some.
+            TrainingError: the optimizer makes its own groups, and a method needs some; or heads
+                have a learning rate, and none trains.
         """
         model = self.model if model is None else model
         lr = self.args.learning_rate
-        asks = [a for a in self.training_adapters() if a.method.param_groups(a, lr)]
+        adapters = self.training_adapters()
+        asks = [a.method.name for a in adapters if a.method.param_groups(a, lr)]
+        if self.head_lr is not None:
+            asks.append("head_lr")
+            if not groups.trained_heads(adapters):
+                raise TrainingError(f"head_lr is {self.head_lr:g}, but no head trains.")
         if self.optimizer is not None or not asks:
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
         kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, model)
         if not isinstance(kind, type) or {"params", "model", "optimizer_dict"} & options.keys():
             raise TrainingError(
-                f"{asks[0].method.name} sets its own learning rates, which the optimizer "
+                f"{asks[0]} sets its own learning rates, which the optimizer "
                 f'"{self.args.optim}" can\'t take; use optim="adamw_torch".'
             )
-        own = groups.parameter_groups(model, asks, lr=lr, weight_decay=self.args.weight_decay)
+        own = groups.parameter_groups(
+            model, adapters, lr=lr, weight_decay=self.args.weight_decay, head_lr=self.head_lr
+        )
         self.optimizer = kind(own, **options)
         return self.optimizer
 
