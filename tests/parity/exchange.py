@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ def randomised(module: nn.Module, names: set[str] | None = None) -> None:
 
 def logits(model: nn.Module, family: str, task: str) -> Tensor:
     inputs = FAMILIES[family].inputs(task=task)  # type: ignore[arg-type]
+    return answer(model, inputs)
+
+
+def answer(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Returns a model's logits; those of PEFT's virtual tokens, which come first, left out."""
     with torch.no_grad():
-        return model.eval()(**inputs).logits
+        found = model.eval()(**inputs).logits
+    real = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    return found[:, -real.shape[1] :] if real is not None and found.ndim == 3 else found
 
 
 def base(family: str, task: str) -> Any:
@@ -101,13 +109,13 @@ def check_to_peft(family: str, task: str, method: Method, path: Path) -> gt.Adap
     return adapter
 
 
-def check_own_form(family: str, method: Method, path: Path) -> gt.Adapter:
+def check_own_form(family: str, method: Method, path: Path, task: str = "default") -> gt.Adapter:
     """Checks that what PEFT can't compute is written so that PEFT doesn't take it, and we do."""
-    model = base(family, "default")
+    model = base(family, task)
     adapter = gt.attach(model, method)
     randomised(model)
     adapter.save(path)
-    check_again(adapter, family, "default", path)
+    check_again(adapter, family, task, path)
     assert not gt.inspect(path).verdicts[0].loads
     return adapter
 

@@ -13,7 +13,7 @@ from graftune.anatomy.modules import is_in
 from graftune.errors import SettingsError
 from graftune.formats.directory import Directory
 from graftune.formats.filling import own_method
-from graftune.formats.peft_common import PREFIX
+from graftune.formats.peft_common import PREFIX, PROMPT_PREFIX
 from graftune.formats.peft_settings import TASK_HEADS, names, saved_modules
 from graftune.methods.full import FullFineTuning
 from graftune.sites.base import base_modules
@@ -62,7 +62,7 @@ def _ours(
         "method": {**own["method"], "train_head": False},
         "values": {k: v for k, v in own.get("values", {}).items() if not is_in(k, heads)},
     }
-    rest = {n: t for n, t in tensors.items() if not is_in(n.removeprefix(PREFIX), heads)}
+    rest = {n: t for n, t in tensors.items() if not any(is_in(m, heads) for m in _names(n))}
     kept = [path for path in saved if not is_in(path, heads)]
     return dataclasses.replace(_with(found, kept), own=bare), rest
 
@@ -71,6 +71,11 @@ def _with(found: Directory, kept: Sequence[str]) -> Directory:
     """Returns a directory whose settings save these modules whole."""
     config = {**found.config, "modules_to_save": list(kept) or None, "task_type": None}
     return dataclasses.replace(found, config=config)
+
+
+def _names(key: str) -> tuple[str, str]:
+    """Returns what a tensor may be called in the model; PEFT's prefix is shorter for prompts."""
+    return key.removeprefix(PREFIX), key.removeprefix(PROMPT_PREFIX)
 
 
 def _above(name: str) -> list[str]:

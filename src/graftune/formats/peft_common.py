@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 """What the tensors' names begin with in PEFT's files."""
+PROMPT_PREFIX = "base_model."
+"""The same for heads beside a prompt, whose base PEFT wraps once less."""
 PEFT_VERSION = "0.19.0"
 """The oldest PEFT that knows every setting written here."""
 

@@ -93,6 +93,10 @@ class PeftType:
         """Returns what a tensor of `tensors` is called in the file, PEFT's prefix with it."""
         return PREFIX + name
 
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a file's tensors by the names that `key` was given."""
+        return without_prefix(tensors)
+
     def modules(self, grafts: Sequence[Graft]) -> list[str]:
         """Returns the modules that an adapter changes, its own values left out."""
         found = [g.place.module for g in grafts if isinstance(g.place, LinearPlace)]
@@ -153,10 +157,10 @@ class PeftType:
         saved = saved_modules(config, modules)
         heads, method = tuple(saved), None
         if found.own is None:
-            method = self.method_of(config, self._places(config, modules, where), saved)
+            method = self.read(model, config, saved, where)
         else:
             method, heads = own_method(found), tuple(found.own.get("heads", ()))
-        named = without_prefix(tensors)
+        named = self.named(tensors)
 
         def plan(parts: Anatomy) -> Planned:
             grafts = method.plan(model, parts, empty=True)
@@ -167,16 +171,27 @@ class PeftType:
 
         return adapters.attach_planned(model, method, name, plan)
 
-    def _places(
-        self, config: Mapping[str, Any], modules: Mapping[str, nn.Module], where: str
-    ) -> list[str]:
-        places = targeted_modules(config, modules)
+    def read(
+        self, model: nn.Module, config: Mapping[str, Any], heads: Sequence[str], where: str
+    ) -> Method:
+        """Returns the method that a config of PEFT's own means on a model.
+
+        Args:
+            model: the base.
+            config: checked, every key filled in.
+            heads: the modules that it saves whole.
+            where: whose config.
+
+        Raises:
+            FormatError: it means nothing on this model, or something that can't be had here.
+        """
+        places = targeted_modules(config, base_modules(model))
         if not places:
             raise FormatError(
                 f"{where}: its target_modules {config['target_modules']!r:.80} name no module of "
                 "this model."
             )
-        return places
+        return self.method_of(config, places, heads)
 
 
 def _without_repeats(

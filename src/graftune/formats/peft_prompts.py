@@ -1,0 +1,167 @@
+"""What HF PEFT's types of prompts have in common: how it runs them by task, and their names.
+
+PEFT puts m virtual tokens before all others, padding too, in a class of its own for each task. Two
+of them compute something else than a prompt means, and such directories are neither read nor
+written: an encoder's classifier reads the first virtual token, where it knows the first real one;
+and a decoder beside an encoder is given a prompt in training that `generate` forgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from graftune.attached import anatomy_of
+from graftune.errors import FormatError
+from graftune.formats.peft_common import PROMPT_PREFIX, common_config, saved_heads, task_type
+from graftune.formats.peft_types.base import PeftType
+from graftune.sites import hosts
+from graftune.sites.base import EmbeddingPlace, Graft
+
+if TYPE_CHECKING:
+    from graftune.adapter import Adapter
+
+EMBEDDINGS = "prompt_embeddings"
+"""The tensor that holds virtual tokens, or prefixes."""
+
+
+class PromptsType(PeftType):
+    """A type that PEFT runs by a class for the task, with its tensors beside the base's."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_attention_heads": None,
+        "num_layers": None,
+        "num_transformer_submodules": None,
+        "num_virtual_tokens": None,
+        "token_dim": None,
+    }
+
+    def config(self, adapter: Adapter) -> dict[str, Any]:
+        """See `PeftType.config`; no modules are targeted."""
+        common = common_config(adapter, ())
+        del common["target_modules"]
+        task = prompt_task(adapter.model, adapter.head_names)
+        mapped = {"auto_mapping": None, "task_type": task, "peft_type": self.name}
+        return {**common, **mapped, **self.settings(adapter)}
+
+    def key(self, name: str) -> str:
+        """See `PeftType.key`."""
+        return name if name in self.own_names() else PROMPT_PREFIX + name
+
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `PeftType.named`."""
+        return {name.removeprefix(PROMPT_PREFIX): tensor for name, tensor in tensors.items()}
+
+    def own_names(self) -> tuple[str, ...]:
+        """Returns the names of the tensors that aren't a head's."""
+        return (EMBEDDINGS,)
+
+    def read(
+        self, model: nn.Module, config: Mapping[str, Any], heads: Sequence[str], where: str
+    ) -> Any:
+        """See `PeftType.read`.
+
+        Raises:
+            FormatError: PEFT computes something else, or the length isn't known.
+        """
+        length = config["num_virtual_tokens"]
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise FormatError(
+                f'{where}: "num_virtual_tokens" is {length!r}; expected a number above 0.'
+            )
+        return self.method_of(config, (), heads)
+
+
+class EmbeddedType(PromptsType):
+    """A type whose virtual tokens are embeddings, in front of the text's."""
+
+    def obstacle(self, adapter: Adapter) -> str | None:
+        """See `PeftType.obstacle`."""
+        model = adapter.model
+        if any(graft.delta.is_after_first for graft in embedded(adapter.grafts)):
+            return (
+                "HF PEFT puts prompts in front, and this one follows the first token "
+                '(position="front")'
+            )
+        task = prompt_task(model, adapter.head_names)
+        kind = type(model).__name__
+        if task is None:
+            return f"HF PEFT runs prompts by task, and has none for this {kind} and its heads"
+        if task == "SEQ_CLS" and _is_encoder(model):
+            return f"HF PEFT lets the head of this {kind} read the first virtual token"
+        if _trains_embeddings(adapter):
+            return "HF PEFT looks tokens up in the base's embeddings, and this adapter trains them"
+        return None
+
+    def settings(self, adapter: Adapter) -> dict[str, Any]:
+        """See `PeftType.settings`."""
+        model = adapter.model
+        [graft] = embedded(adapter.grafts)
+        body: Any = model.get_submodule(graft.place.module)
+        return {
+            **sizes(model),
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": len(graft.delta.prompt()),
+            "token_dim": hosts.features(body.get_input_embeddings())[1],
+        }
+
+    def read(
+        self, model: nn.Module, config: Mapping[str, Any], heads: Sequence[str], where: str
+    ) -> Any:
+        """See `PromptsType.read`."""
+        if config["task_type"] == "SEQ_CLS" and _is_encoder(model):
+            raise FormatError(
+                f"{where}: with HF PEFT the head of a {type(model).__name__} reads the first "
+                "virtual token, here the first real one, so that the same prompt would answer "
+                "otherwise: train it here, or load the prompt alone with head=False."
+            )
+        return super().read(model, config, heads, where)
+
+
+def embedded(grafts: Sequence[Graft]) -> list[Any]:
+    """Returns those of an adapter's grafts that add virtual tokens."""
+    return [graft for graft in grafts if isinstance(graft.place, EmbeddingPlace)]
+
+
+def encoders_rows(model: nn.Module, rows: Tensor, length: int) -> Tensor:
+    """Returns the encoder's virtual tokens: PEFT keeps as many for a decoder, and uses none."""
+    is_double = len(anatomy_of(model).stacks) > 1 and len(rows) == 2 * length
+    return rows[:length] if is_double else rows
+
+
+def sizes(model: nn.Module) -> dict[str, Any]:
+    """Returns what PEFT asks of a model beside a prompt's own shape."""
+    config: Any = model.config
+    text = config.get_text_config()
+    return {
+        "num_attention_heads": getattr(text, "num_attention_heads", 1),
+        "num_layers": max(len(stack.blocks) for stack in anatomy_of(model).stacks),
+    }
+
+
+def prompt_task(model: nn.Module, heads: Sequence[str]) -> str | None:
+    """Returns PEFT's name of the task whose class runs a prompt on a model, None for none."""
+    stacks = anatomy_of(model).stacks
+    task = task_type(model, heads)
+    if len(stacks) > 1:
+        return task if task == "SEQ_2_SEQ_LM" else None
+    name = type(model).__name__
+    if task is None and name.endswith("Model") and not name.endswith("LMHeadModel"):
+        return "FEATURE_EXTRACTION"
+    return task
+
+
+def _trains_embeddings(adapter: Adapter) -> bool:
+    """Whether the token embeddings are among the modules saved whole, tied to a head or not."""
+    [graft] = embedded(adapter.grafts)
+    body: Any = adapter.model.get_submodule(graft.place.module)
+    table = body.get_input_embeddings()
+    return any(
+        table in adapter.model.get_submodule(head).modules() for head in saved_heads(adapter)
+    )
+
+
+def _is_encoder(model: nn.Module) -> bool:
+    return anatomy_of(model).stacks[0].kind == "encoder" and len(anatomy_of(model).stacks) == 1
