@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from graftune.attached import Grafts, state_of
@@ -24,10 +25,15 @@ from graftune.errors import AdapterError
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace
 from graftune.sites.embedding import takes_any_length
 from graftune.sites.plan import Plan
+from graftune.sites.tasks import checked_tasks, tasks_of_rows
 
 
 def activate(
-    model: nn.Module, composition: Composition, *, drop: int | AdapterDrop | None = None
+    model: nn.Module,
+    composition: Composition,
+    *,
+    drop: int | AdapterDrop | None = None,
+    tasks: int | Sequence[int] | Tensor | None = None,
 ) -> None:
     """Makes a composition the one that acts, until the next call; None is the base.
 
@@ -35,18 +41,25 @@ def activate(
         model: what the adapters are attached to.
         composition: a name, None, Stack, Average, Fuse, Parallel or Rows.
         drop: the number of lowest blocks in which nothing acts, or a schedule for training.
+        tasks: of adapters with several tasks, which acts: one for all rows or one for each;
+            `task_ids` in a forward pass go before it.
 
     Raises:
-        AdapterError: for an unknown name, one that can't act so, or a drop beyond the depth.
+        AdapterError: for an unknown name, one that can't act so, a drop beyond the depth, or a task
+            that an adapter doesn't have.
     """
     state = state_of(model)
     composition = check_composition(state, composition, drop)
-    set_active(state, composition, drop)
+    set_active(state, composition, drop, _tasks(state, composition, tasks))
 
 
 @contextlib.contextmanager
 def using(
-    model: nn.Module, composition: Composition, *, drop: int | AdapterDrop | None = None
+    model: nn.Module,
+    composition: Composition,
+    *,
+    drop: int | AdapterDrop | None = None,
+    tasks: int | Sequence[int] | Tensor | None = None,
 ) -> Iterator[None]:
     """Lets a composition act inside the block, for the caller's thread or task alone.
 
@@ -54,13 +67,15 @@ def using(
         model: what the adapters are attached to.
         composition: as for `activate`.
         drop: as for `activate`.
+        tasks: as for `activate`.
 
     Raises:
-        AdapterError: for an unknown name, one that can't act so, or a drop beyond the depth.
+        AdapterError: as for `activate`.
     """
     state = state_of(model)
     composition = check_composition(state, composition, drop)
-    with state.active.pinned(Plan.of(composition, drop)):
+    plan = Plan.of(composition, drop, _tasks(state, composition, tasks))
+    with state.active.pinned(plan):
         yield
 
 
@@ -166,7 +181,7 @@ def _check_rows(state: Grafts, name: str) -> None:
 def _check_prompts(state: Grafts, composition: Composition) -> None:
     """Raises AdapterError if rows have prompts of different lengths, and the model can't."""
     members = composition.members if isinstance(composition, Rows) else copies_of(composition)
-    lengths = {sum(map(len, _prompts(state, member))) for member in members}
+    lengths = {sum(_prompts(state, member)) for member in members}
     places = [g.place for a in state.adapters.values() for g in a.grafts]
     for place in (p for p in places if isinstance(p, EmbeddingPlace)):
         if len(lengths) > 1 and not takes_any_length(state.model, place):
@@ -177,24 +192,59 @@ def _check_prompts(state: Grafts, composition: Composition) -> None:
             )
 
 
-def _prompts(state: Grafts, member: Composition) -> list[Tensor]:
-    """Returns the prompts of a member that act one after the other: of an Average, one."""
+def _prompts(state: Grafts, member: Composition) -> list[int]:
+    """Returns lengths of a member's prompts that act one after the other: of an Average, one."""
     if isinstance(member, Average):
         return _prompts(state, member.members[0])
     if isinstance(member, Stack):
-        return [prompt for part in member.members for prompt in _prompts(state, part)]
+        return [length for part in member.members for length in _prompts(state, part)]
     if not isinstance(member, str):
         return []
-    deltas = [graft.delta for graft in state.adapters[member].grafts]
-    return [delta.prompt() for delta in deltas if isinstance(delta, EmbeddingDelta)]
+    return [delta.length for delta in _embedded(state, member)]
+
+
+def _embedded(state: Grafts, name: str) -> list[EmbeddingDelta]:
+    """Returns what an adapter puts among the embedded tokens."""
+    deltas = [graft.delta for graft in state.adapters[name].grafts]
+    return [delta for delta in deltas if isinstance(delta, EmbeddingDelta)]
+
+
+def _tasks(
+    state: Grafts, composition: Composition, tasks: int | Sequence[int] | Tensor | None
+) -> tuple[int, ...]:
+    """Returns the tasks of rows, each one that every adapter with several tasks has.
+
+    Raises:
+        AdapterError: one is not, or no adapter has tasks.
+    """
+    if tasks is None:
+        return ()
+    found = torch.as_tensor(tasks).reshape(-1)
+    counts = {
+        name: delta.tasks
+        for name in members_of(composition)
+        for delta in _embedded(state, name)
+        if delta.tasks
+    }
+    if not counts:
+        raise AdapterError(
+            f"tasks is {tasks!r}, but none of the adapters that act has several tasks: "
+            f"{', '.join(members_of(composition)) or 'none acts'}."
+        )
+    for name, count in counts.items():
+        checked_tasks(tasks_of_rows(found, len(found), found.device), count, name)
+    return tuple(found.tolist())
 
 
 def set_active(
-    state: Grafts, composition: Composition, drop: int | AdapterDrop | None = None
+    state: Grafts,
+    composition: Composition,
+    drop: int | AdapterDrop | None = None,
+    tasks: tuple[int, ...] = (),
 ) -> None:
     """Makes a checked composition the one that acts, and lets what it trains have gradients."""
     touched = [*members_of(state.active.plan.composition), *members_of(composition)]
-    state.active.set(composition, drop)
+    state.active.set(composition, drop, tasks)
     trained = trained_in(composition)
     for adapter in [state.adapters[name] for name in touched if name in state.adapters]:
         on = adapter.trainable and adapter.name in trained

@@ -10,39 +10,21 @@ with it. Merge: no. Count: m d. arXiv 2104.08691.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
 from graftune.errors import SettingsError
-from graftune.methods.base import Method, register
+from graftune.methods._soft_prompts import POSITIONS, Prompt, PromptPlace, SoftPrompt
+from graftune.methods.base import register
 from graftune.sites import hosts
 from graftune.sites.base import EmbeddingDelta, Graft
-from graftune.sites.embedding import PositionTable, entrance
-
-FREQUENT = 5000
-"""Rows of the embedding table that "vocabulary" draws from: tokenizers put frequent ones first."""
-
-
-class Prompt(EmbeddingDelta):
-    """P itself. Shapes: tokens (m, d)."""
-
-    tokens: nn.Parameter
-
-    def __init__(self, tokens: Tensor, is_after_first: bool) -> None:
-        super().__init__()
-        self.tokens, self.is_after_first = nn.Parameter(tokens), is_after_first
-
-    def prompt(self) -> Tensor:
-        """See `EmbeddingDelta.prompt`."""
-        return self.tokens
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class PromptTuning(Method):
+class PromptTuning(SoftPrompt):
     """Trains the embeddings of virtual tokens that the model reads before, or among, the text.
 
     Merge: not possible, they stand beside the text.
@@ -69,7 +51,7 @@ class PromptTuning(Method):
         self._check_number("length", 1)
         self._check_choice("init", ("vocabulary", "random", "text", "class_labels"))
         if self.position is not None:
-            self._check_choice("position", ("front", "after-first"))
+            self._check_choice("position", POSITIONS)
         wants = self.init in ("text", "class_labels")
         if wants != bool(self.init_tokens):
             raise SettingsError(
@@ -85,33 +67,25 @@ class PromptTuning(Method):
         Raises:
             SettingsError: a model without token embeddings, or with too few positions or tokens.
         """
-        place = entrance(self.name, model, anatomy)
-        body: Any = model.get_submodule(place.module)
-        table: nn.Module = body.get_input_embeddings()
-        limit = PositionTable.of(body).limit
-        if limit is not None and self.length >= limit:
-            raise SettingsError(
-                f"{self.name}: length is {self.length}, which leaves no room for text in the "
-                f"{limit} positions of this {type(model).__name__}."
-            )
-        after = self.position == "after-first"
-        if self.position is None:
-            after = place.reader is None and anatomy.stacks[0].kind == "encoder"
-        start = torch.empty(self.length, hosts.features(table)[1], **hosts.delta_options(table))
+        found = PromptPlace.of(self.name, model, anatomy, self.position)
+        found.check_room(self.name, model, self.length)
+        start = found.empty(self.length, found.width)
         if not empty:
-            start = self._start(table, start)
-        return [Graft(place, Prompt(start, after))]
+            start = self._start(found, start)
+        return [Graft(found.place, self._delta(start, found.is_after_first, empty))]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: m d."""
-        body: Any = model.get_submodule(entrance(self.name, model, anatomy).module)
-        return self.length * hosts.features(body.get_input_embeddings())[1]
+        return self.length * PromptPlace.of(self.name, model, anatomy).width
 
-    def _start(self, table: nn.Module, empty: Tensor) -> Tensor:
+    def _delta(self, tokens: Tensor, is_after_first: bool, empty: bool) -> EmbeddingDelta:
+        return Prompt(tokens, is_after_first)
+
+    def _start(self, found: PromptPlace, empty: Tensor) -> Tensor:
         """Returns initial values, of the shape and type of `empty`, in the units that E(x) has."""
         if self.init == "random":
             return empty.uniform_(-0.5, 0.5)
-        size = hosts.features(table)[0]
+        size = hosts.features(found.table)[0]
         given = list(self.init_tokens or ())
         if given and max(given) >= size:
             raise SettingsError(
@@ -119,8 +93,5 @@ class PromptTuning(Method):
             )
         if self.init == "text":
             given = given * -(-self.length // len(given))
-        drawn = torch.randint(min(FREQUENT, size), (self.length,), device="cpu").tolist()
-        chosen = [*given, *drawn[len(given) :]][: self.length]
-        ids = torch.tensor(chosen, device=empty.device)
-        with torch.no_grad():
-            return table.forward(ids).to(empty, copy=True)  # past hooks: the base's own rows
+        drawn = found.drawn(self.length)
+        return found.rows([*given, *drawn[len(given) :]][: self.length])

@@ -188,13 +188,24 @@ class EmbeddingDelta(Delta):
     """Virtual tokens, put among the embedded tokens of every row.
 
     Attributes:
+        length: how many there are.
         is_after_first: whether they follow the first real token; else they come before it.
+        tasks: how many tasks it has virtual tokens for, each its own; 0 where all rows are alike.
     """
 
+    length: int
     is_after_first: bool = False
+    tasks: int = 0
 
-    def prompt(self) -> Tensor:
-        """Returns the embeddings of the virtual tokens, `(length, width)`."""
+    def prompt(self, tasks: Tensor | None = None) -> Tensor:
+        """Returns the embeddings of the virtual tokens.
+
+        Args:
+            tasks: each row's task, `(B,)`; given where the delta has several.
+
+        Returns:
+            `(length, width)`, or `(B, length, width)` where rows differ.
+        """
         raise NotImplementedError
 
 

@@ -27,8 +27,9 @@ from graftune.composition import Mean, Steps, names_in
 from graftune.errors import AdapterError, SettingsError
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft, Site, base_modules
 from graftune.sites.kept import Kept, thread_id
-from graftune.sites.plan import RowsAt, joined
+from graftune.sites.plan import RowsAt, joined, taken
 from graftune.sites.state import Active
+from graftune.sites.tasks import checked_tasks, tasks_of_rows
 from graftune.sites.woven import Woven
 
 MARK = "_graftune_prompt"
@@ -78,6 +79,8 @@ class EmbeddingSite(Site):
         self.reads: tuple[str, ...] = ()
         """Those of the decoder that attends to its answer; empty without one."""
         self.table = PositionTable()
+        self.reads_tasks = False
+        """Whether `begin` is registered."""
 
     def hook(self, host: nn.Module) -> None:
         """Registers `before` and `after`."""
@@ -91,8 +94,15 @@ class EmbeddingSite(Site):
     def take(self, model: nn.Module, name: str, graft: Graft) -> None:
         """See `Site.take`: also follows the answer to the decoder that reads it."""
         assert isinstance(graft.place, EmbeddingPlace)
+        assert isinstance(graft.delta, EmbeddingDelta)
         super().take(model, name, graft)
         self.extend_reader(model, graft.place)
+        if graft.delta.tasks and not self.reads_tasks:
+            self.reads_tasks = True
+            self.handles += [
+                model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
+                model.register_forward_hook(self.end, always_call=True),
+            ]
 
     def extend_reader(self, model: nn.Module, place: EmbeddingPlace) -> None:
         """Registers `extend` on the decoder that attends to what the host answers, once."""
@@ -100,6 +110,17 @@ class EmbeddingSite(Site):
             decoder = model.get_submodule(place.reader)
             self.reads = tuple(inspect.signature(decoder.forward).parameters)
             self.handles.append(decoder.register_forward_pre_hook(self.extend, with_kwargs=True))
+
+    def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Takes `task_ids` out of what the whole model is given. A forward pre-hook of it."""
+        if "task_ids" not in kwargs:
+            return None
+        self.kept["tasks", thread_id()] = kwargs["task_ids"]
+        return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forgets a pass's `task_ids`. A forward hook of the whole model."""
+        self.kept.pop(("tasks", thread_id()), None)
 
     def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Puts the prompt into what the body is given. A forward pre-hook.
@@ -238,43 +259,47 @@ class EmbeddingSite(Site):
             AdapterError: they can't act together.
         """
         plan = self.active.current()
+        given = self.kept.get(("tasks", thread_id()), plan.tasks)
+        tasks = tasks_of_rows(given, rows, device, plan.copies)
         if plan.groups is None:
-            prompt = self._prompt(plan.steps)
-            if prompt is None:
-                return None
-            return Woven(prompt.expand(rows, *prompt.shape), None, self._is_after_first(plan.steps))
-        found = [(self._prompt(steps), at, steps) for steps, at in self.mixed_rows(rows, device)]
-        some = [prompt for prompt, _, _ in found if prompt is not None]
+            prompt = self._prompt(plan.steps, rows, tasks)
+            is_after = self._is_after_first(plan.steps)
+            return None if prompt is None else Woven(prompt, None, is_after)
+        found: list[tuple[RowsAt, int, Tensor | None]] = []
+        for steps, at in self.mixed_rows(rows, device):
+            own = None if tasks is None else taken(tasks, at)
+            n = at.stop - at.start if isinstance(at, slice) else len(at)
+            found.append((at, n, self._prompt(steps, n, own)))
+        some = [prompt for _, _, prompt in found if prompt is not None]
         if not some:
             return None
-        most = max(len(prompt) for prompt in some)
-        after = self._is_after_first(tuple(step for _, _, steps in found for step in steps))
+        most = max(prompt.shape[1] for prompt in some)
+        after = self._is_after_first(tuple(step for steps, _ in plan.groups for step in steps))
         prompts: list[tuple[RowsAt, Tensor]] = []
         lengths: list[tuple[RowsAt, Tensor]] = []
-        for prompt, at, _ in found:
-            own = some[0][:0] if prompt is None else prompt
-            n = at.stop - at.start if isinstance(at, slice) else len(at)
-            padded = F.pad(own, (0, 0, most - len(own), 0))
-            prompts.append((at, padded.expand(n, *padded.shape)))
-            lengths.append((at, torch.full((n,), len(own), device=device)))
-        differ = any(prompt is None or len(prompt) < most for prompt, _, _ in found)
+        for at, n, prompt in found:
+            own = some[0].new_zeros(n, 0, some[0].shape[2]) if prompt is None else prompt
+            prompts.append((at, F.pad(own, (0, 0, most - own.shape[1], 0))))
+            lengths.append((at, torch.full((n,), own.shape[1], device=device)))
+        differ = any(prompt is None or prompt.shape[1] < most for _, _, prompt in found)
         return Woven(joined(prompts), joined(lengths) if differ else None, after)
 
-    def _prompt(self, steps: Steps) -> Tensor | None:
-        """Returns the virtual tokens of some steps one after the other, `(m, width)`."""
+    def _prompt(self, steps: Steps, rows: int, tasks: Tensor | None) -> Tensor | None:
+        """Returns the virtual tokens of some steps one after the other, `(rows, m, width)`."""
         parts: list[Tensor] = []
         for step in steps:
             if isinstance(step, str):
                 delta = self._modules.get(step)
                 if isinstance(delta, EmbeddingDelta):
-                    parts.append(delta.prompt())
+                    own = checked_tasks(tasks, delta.tasks, step) if delta.tasks else None
+                    parts.append(delta.prompt(own).expand(rows, -1, -1))
             elif isinstance(step, Mean) and self.holds((step,)):
-                parts.append(self._mean(step))
-        return torch.cat(parts) if parts else None
+                parts.append(self._mean(step, rows, tasks))
+        return torch.cat(parts, dim=1) if parts else None
 
-    def _mean(self, mean: Mean) -> Tensor:
-        made = [(weight, self._prompt(steps)) for weight, steps in mean.branches]
-        lengths = [0 if prompt is None else len(prompt) for _, prompt in made]
+    def _mean(self, mean: Mean, rows: int, tasks: Tensor | None) -> Tensor:
+        made = [(weight, self._prompt(steps, rows, tasks)) for weight, steps in mean.branches]
+        lengths = [0 if prompt is None else prompt.shape[1] for _, prompt in made]
         if len(set(lengths)) > 1:
             raise AdapterError(
                 "Average takes prompts of one length, found members with "

@@ -47,6 +47,8 @@ class Plan:
     drop: int = 0
     """Blocks of each stack, from the lowest, in which nothing acts."""
     schedule: AdapterDrop = field(default_factory=AdapterDrop)
+    tasks: tuple[int, ...] = ()
+    """Tasks of the rows, one for all or one for each, for adapters that have several."""
     lowest: tuple[int | None] | None = None
     """Before which block rows are copied, None in it for the inputs; once it was looked up."""
     copying: set[int] = field(default_factory=set)
@@ -56,7 +58,12 @@ class Plan:
     _indices: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, composition: Composition, drop: int | AdapterDrop | None = None) -> Plan:
+    def of(
+        cls,
+        composition: Composition,
+        drop: int | AdapterDrop | None = None,
+        tasks: tuple[int, ...] = (),
+    ) -> Plan:
         """Returns the plan of a composition."""
         schedule, copies = AdapterDrop.of(drop), copies_of(composition)
         members = composition.members if isinstance(composition, Rows) else copies
@@ -72,6 +79,7 @@ class Plan:
             copies=len(copies) or 1,
             drop=schedule.rest,
             schedule=schedule,
+            tasks=tasks,
         )
         if len(rows) > 1:
             plan.groups = tuple((steps, tuple(at)) for steps, at in rows.items())

@@ -69,9 +69,14 @@ class Active:
         self.turn = Turn()
         self._counting = threading.Lock()
 
-    def set(self, composition: Composition, drop: int | AdapterDrop | None = None) -> None:
+    def set(
+        self,
+        composition: Composition,
+        drop: int | AdapterDrop | None = None,
+        tasks: tuple[int, ...] = (),
+    ) -> None:
         """Makes a composition the one in force for every thread."""
-        self.plan = Plan.of(composition, drop)
+        self.plan = Plan.of(composition, drop, tasks)
 
     def current(self) -> Plan:
         """Returns the plan in force for the caller."""

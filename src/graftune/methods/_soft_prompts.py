@@ -1,0 +1,149 @@
+"""Virtual tokens at the input: where they go in a model, and what they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy
+from graftune.errors import AdapterError, SettingsError
+from graftune.methods.base import Method
+from graftune.sites import hosts
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft
+from graftune.sites.embedding import PositionTable, entrance
+
+FREQUENT = 5000
+"""Rows of the embedding table that a vocabulary's are drawn from: frequent ones come first."""
+POSITIONS = ("front", "after-first")
+
+
+class Prompt(EmbeddingDelta):
+    """P itself. Shapes: tokens (m, d)."""
+
+    tokens: nn.Parameter
+
+    def __init__(self, tokens: Tensor, is_after_first: bool) -> None:
+        super().__init__()
+        self.tokens, self.is_after_first = nn.Parameter(tokens), is_after_first
+        self.length = len(tokens)
+
+    def prompt(self, tasks: Tensor | None = None) -> Tensor:
+        """See `EmbeddingDelta.prompt`."""
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class PromptPlace:
+    """Where a model's virtual tokens go.
+
+    Attributes:
+        place: the site's.
+        table: its token embeddings.
+        is_after_first: whether they follow the first token.
+    """
+
+    place: EmbeddingPlace
+    table: nn.Module
+    is_after_first: bool
+
+    @classmethod
+    def of(
+        cls, method: str, model: nn.Module, anatomy: Anatomy, position: str | None = "front"
+    ) -> PromptPlace:
+        """Returns that of a model.
+
+        Args:
+            method: whose errors they are.
+            model: the base.
+            anatomy: what it is made of.
+            position: one of POSITIONS; None is after an encoder's first token, else in front.
+
+        Raises:
+            SettingsError: a model without token embeddings.
+        """
+        place = entrance(method, model, anatomy)
+        body: Any = model.get_submodule(place.module)
+        is_after_first = position == "after-first"
+        if position is None:
+            is_after_first = place.reader is None and anatomy.stacks[0].kind == "encoder"
+        return cls(place, body.get_input_embeddings(), is_after_first)
+
+    @property
+    def width(self) -> int:
+        """d, of a token's embedding."""
+        return hosts.features(self.table)[1]
+
+    def empty(self, *shape: int) -> Tensor:
+        """Returns an uninitialised tensor of the dtype and on the device of the adapter."""
+        return torch.empty(*shape, **hosts.delta_options(self.table))
+
+    def check_room(self, method: str, model: nn.Module, length: int) -> None:
+        """Raises SettingsError if a prompt leaves a model no position for text."""
+        limit = PositionTable.of(model.get_submodule(self.place.module)).limit
+        if limit is not None and length >= limit:
+            raise SettingsError(
+                f"{method}: length is {length}, which leaves no room for text in the {limit} "
+                f"positions of this {type(model).__name__}."
+            )
+
+    def drawn(self, length: int) -> list[int]:
+        """Returns tokens drawn from the most frequent ones."""
+        size = hosts.features(self.table)[0]
+        return torch.randint(min(FREQUENT, size), (length,), device="cpu").tolist()
+
+    def rows(self, tokens: Sequence[int]) -> Tensor:
+        """Returns what the base's own table says of tokens, in the units that the model reads."""
+        like = self.empty(0)
+        ids = torch.tensor(tokens, device=like.device)
+        with torch.no_grad():
+            return self.table.forward(ids).to(like, copy=True)  # past hooks
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftPrompt(Method):
+    """A method whose virtual tokens are embeddings: one can start from what another learned."""
+
+    def prompt_of(self, adapter: Any, task: int | str | None = None) -> Tensor:
+        """Returns an adapter's virtual tokens as they are now, `(m, d)`.
+
+        Args:
+            adapter: of this method.
+            task: whose, where the adapter has several tasks.
+
+        Raises:
+            AdapterError: a task is named, and it has none.
+        """
+        if task is not None:
+            raise AdapterError(
+                f'Adapter "{adapter.name}" is {self.name}, which has one task: leave task out.'
+            )
+        delta: Any = embedded(adapter).delta
+        return delta.prompt().detach().clone()
+
+    def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
+        """See `Method.start_from`: takes the virtual tokens of any soft prompt."""
+        tokens = prompt_of(source, task)
+        adapter.load_state_dict({f"{embedded(adapter).place.key}.tokens": tokens}, strict=False)
+
+
+def prompt_of(source: Any, task: int | str | None = None) -> Tensor:
+    """Returns the virtual tokens of an adapter of any soft prompt; see `SoftPrompt.prompt_of`.
+
+    Raises:
+        AdapterError: it isn't one.
+    """
+    if not isinstance(source.method, SoftPrompt):
+        raise AdapterError(
+            f'Adapter "{source.name}" is {source.method.name}, which has no virtual tokens at the '
+            "input to start from."
+        )
+    return source.method.prompt_of(source, task)
+
+
+def embedded(adapter: Any) -> Graft:
+    """Returns an adapter's graft at the embedding site."""
+    return next(graft for graft in adapter.grafts if isinstance(graft.delta, EmbeddingDelta))
