@@ -119,6 +119,29 @@ class Adapter:
                 if name in own:
                     own[name].copy_(tensor)
 
+    def start_from(self, source: Adapter, *, task: int | str | None = None) -> Adapter:
+        """Takes another adapter's values as the initial ones; a head keeps its own.
+
+            source = gt.load(model, "prompts/mnli", name="mnli")
+            adapter = gt.attach(model, gt.PromptTuning(length=20)).start_from(source)
+
+        Args:
+            source: trained before; of the same method and places, or any soft prompt for another.
+            task: which of the source's, where it has several: a number, "average" or "shared".
+
+        Raises:
+            AdapterError: the source has other tensors, or no such task.
+        """
+        if self.method.trains_in_place or source.method.trains_in_place:
+            raise AdapterError(
+                f'"{self.name}" can\'t start from "{source.name}": one trains the base in place.'
+            )
+        try:
+            self.method.start_from(self, source, task)
+        except FormatError as error:
+            raise AdapterError(f'No start from "{source.name}". {error}') from None
+        return self
+
     def count(self) -> int:
         """Returns the number of trained parameters, its head's included."""
         return sum(tensor.numel() for tensor in self.parameters())

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
-from graftune.errors import SettingsError, nearest
+from graftune.anatomy.modules import is_in
+from graftune.errors import AdapterError, SettingsError, nearest
 from graftune.sites.base import Graft
 
 _OUTSIDE = "outside"
@@ -187,6 +188,25 @@ class Method:
 
         Tensors may be others afterwards; called again, it changes nothing.
         """
+
+    def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
+        """Gives an adapter of this method the values of another; heads keep theirs.
+
+        Args:
+            adapter: just attached.
+            source: an adapter that was trained, of the same places unless a method says more.
+            task: which of the source's, where it has several.
+
+        Raises:
+            AdapterError: the source can't be started from.
+            FormatError: its tensors are others.
+        """
+        if task is not None:
+            raise AdapterError(f'task is {task!r}, but "{source.name}" has no tasks to choose of.')
+        own, given = adapter.state_dict(), source.state_dict()
+        kept = {name: value for name, value in own.items() if is_in(name, adapter.head_names)}
+        taken = {name: t for name, t in given.items() if not is_in(name, source.head_names)}
+        adapter.load_state_dict({**taken, **kept})
 
     def heat_maps(self, adapter: Any) -> list[HeatMap]:
         """Returns what is worth drawing of a trained adapter."""
