@@ -38,7 +38,9 @@ METHODS: dict[str, Method] = {
     "adapterplus": gt.AdapterPlus(reduction=8, init="zero-up"),
     "prefix": gt.PrefixTuning(length=3, hidden=8),
     "ptuningv2": gt.PTuningV2(length=3, dropout=0.0),
+    "llamaadapter": gt.LLaMAAdapter(length=3, layers=":"),
     "prompt": gt.PromptTuning(length=3),
+    "multitask": gt.MultitaskPromptTuning(length=3),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
@@ -52,7 +54,9 @@ NOT_LINEAR = (
     "adapterplus",
     "prefix",
     "ptuningv2",
+    "llamaadapter",
     "prompt",
+    "multitask",
 )
 """Methods that can't be merged: no weight does what they do."""
 
@@ -66,7 +70,7 @@ fp32, 1e-14 in fp64."""
 REFUSALS: dict[tuple[str, str, str], str] = {
     **{
         ("attach", m, f): "computes its attention itself"
-        for m in ("prefix", "ptuningv2")
+        for m in ("prefix", "ptuningv2", "llamaadapter")
         for f in ("bloom", "deberta-v2")
     },
     **{

@@ -166,6 +166,12 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("BERT-large", gt.PTuningV2(length=40), 1_966_080),
     ("BERT-base", gt.PTuningV2(), 368_640),
     ("ViT-B/16", gt.PTuningV2(), 368_640),
+    ("LLaMA-7B", gt.LLaMAAdapter(gate="layer"), 1_228_800 + 30),
+    ("LLaMA-7B", gt.LLaMAAdapter(), 1_228_800 + 30 * 32),
+    ("LLaMA-7B", gt.LLaMAAdapter(layers="-30:"), 1_228_800 + 30 * 32),
+    ("BERT-base", gt.LLaMAAdapter(), 10 * (10 * 768 + 12)),
+    ("T5-base", gt.LLaMAAdapter(), 2 * 10 * (10 * 768 + 12)),
+    ("ViT-B/16", gt.LLaMAAdapter(), 10 * (10 * 768 + 12)),
     ("BERT-base", gt.ParallelAdapter(scale="learned"), 12 * (2 * 768 * 384 + 768 + 384 + 1)),
 ]
 

@@ -8,34 +8,13 @@ The MLP is a way of training: once it is over, P alone is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftune.anatomy import Anatomy, Span
-from graftune.anatomy.layers import pick_layers
-from graftune.anatomy.modules import parent
-from graftune.errors import SettingsError
-from graftune.sites import hosts
-from graftune.sites.attention import asks_the_registry, base_name, check_implementation
-from graftune.sites.base import AttentionDelta, AttentionPlace
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention that gets a prefix."""
-
-    place: AttentionPlace
-    group: str
-    """Stack and kind: those that share an MLP."""
-    key: int
-    """Width of its keys, over all heads."""
-    value: int
-    options: dict[str, Any]
+from graftune.sites.base import AttentionDelta
 
 
 class PrefixValues(AttentionDelta):
@@ -121,56 +100,3 @@ class PrefixFromMlp(AttentionDelta):
         """Returns the prefix itself, without the MLP."""
         key, value = self._made().split(self.widths, dim=-1)
         return PrefixValues(key.clone(), value.clone(), self.p)
-
-
-def attentions(
-    method: str,
-    model: nn.Module,
-    anatomy: Anatomy,
-    kinds: Sequence[str],
-    layers: int | str | tuple[int, ...] | None,
-) -> Iterator[Attention]:
-    """Yields the attentions of some kinds, block by block.
-
-    Raises:
-        SettingsError: there is none, or one can't take a prefix.
-    """
-    blocks = anatomy.blocks if layers is None else pick_layers(anatomy, layers)
-    stacks = {block.path: stack.kind for stack in anatomy.stacks for block in stack.blocks}
-    found = False
-    for block in blocks:
-        for span in block.spans:
-            if span.kind in kinds:
-                found = True
-                group = f"prefix_{stacks[block.path]}_{span.kind.replace('-', '_')}"
-                yield _attention(method, model, span, group)
-    if not found:
-        raise SettingsError(
-            f"{method}: no block of this {type(model).__name__} has {' or '.join(kinds)}."
-        )
-
-
-def _attention(method: str, model: nn.Module, span: Span, group: str) -> Attention:
-    query, key, value = (_one(method, span, role) for role in ("query", "key", "value"))
-    path = parent(query.module)
-    host: Any = model.get_submodule(path)
-    if not asks_the_registry(host) or not hasattr(host, "config"):
-        raise SettingsError(
-            f"{method}: {path} ({type(host).__name__}) computes its attention itself, without "
-            "transformers' attention functions, so no keys and values can be put before its own."
-        )
-    check_implementation(base_name(host.config))
-    widths = [_width(model.get_submodule(part.module), part.rows) for part in (key, value)]
-    options = hosts.delta_options(model.get_submodule(query.module))
-    return Attention(AttentionPlace(path, span.kind), group, widths[0], widths[1], options)
-
-
-def _one(method: str, span: Span, role: str) -> Any:
-    found = span.roles(role)
-    if not found:
-        raise SettingsError(f"{method}: {span.module} has no {role} projection of its own.")
-    return found[0]
-
-
-def _width(host: nn.Module, rows: tuple[tuple[int, int], ...] | None) -> int:
-    return hosts.features(host)[1] if rows is None else sum(stop - start for start, stop in rows)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
 from graftune.errors import SettingsError
-from graftune.methods._prefix import Attention, Mlp, PrefixFromMlp, PrefixValues, attentions
+from graftune.methods._attentions import Attention, attentions
+from graftune.methods._prefix import Mlp, PrefixFromMlp, PrefixValues
 from graftune.methods.base import Method, register
 from graftune.sites.base import Delta, Graft
 from graftune.sites.placing import replace_deltas

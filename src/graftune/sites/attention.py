@@ -190,7 +190,8 @@ def _together(deltas: Sequence[AttentionDelta], call: Call) -> tuple[Tensor, Ten
     prefixes = [pair for delta in deltas if (pair := delta.prefix(call.key.shape[1])) is not None]
     output, weights = (call.after(prefixes) if prefixes else call).run()
     for delta in deltas:
-        output = delta.added(output, call.query, call.module, call.options.get("scaling"))
+        more = delta.added(call.query, call.module, call.options.get("scaling"))
+        output = output if more is None else output + more
     width = call.key.shape[2]
     return output, weights if weights is None else weights[..., -width:]
 

@@ -170,13 +170,10 @@ class AttentionDelta(Delta):
         """
         return None
 
-    def added(
-        self, output: Tensor, query: Tensor, module: nn.Module, scaling: float | None
-    ) -> Tensor:
-        """Returns the attention's output, `(B, q, H, D)`, before the output projection.
+    def added(self, query: Tensor, module: nn.Module, scaling: float | None) -> Tensor | None:
+        """Returns what is added to the attention's output before the output projection, or None.
 
         Args:
-            output: as the model's own function and all prefixes made it.
             query: `(B, H, q, D)`, rotated.
             module: the attention.
             scaling: what the model multiplies scores by.
@@ -245,11 +242,13 @@ class AttentionPlace(PlaceBeside):
     module: str
     """The module that calls the attention function."""
     kind: str = "attention"
+    name: str = "prefix"
+    """What is there, for the names of its tensors."""
 
     @property
     def key(self) -> str:
         """What the names of the tensors at this place begin with."""
-        return f"{self.module}.prefix"
+        return f"{self.module}.{self.name}"
 
 
 @dataclass(frozen=True)
