@@ -177,8 +177,11 @@ class AttentionDelta(Delta):
             query: `(B, H, q, D)`, rotated.
             module: the attention.
             scaling: what the model multiplies scores by.
+
+        Returns:
+            `(B, q, H, D)`.
         """
-        return output
+        return None
 
 
 class EmbeddingDelta(Delta):
