@@ -135,6 +135,8 @@ def attach_planned(
     state = state or _install(model, parts)
     adapter = Adapter(name, planned.method, model, planned.grafts, planned.heads)
     state.adapters[name] = adapter
+    if any(graft.delta.needs_masks for graft in adapter.grafts):
+        state.watch_masks()
     insert(model, state.active, name, adapter.grafts, parts.read_by_parent, parts.positions)
     set_active(state, check_composition(state, name))
     state.tell_transformers()

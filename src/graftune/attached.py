@@ -18,6 +18,7 @@ from graftune.anatomy.modules import is_in
 from graftune.composition import members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, TrainingError
 from graftune.methods.base import Method
+from graftune.sites import masks
 from graftune.sites.base import Graft
 from graftune.sites.copies import Copies
 from graftune.sites.placing import block_of
@@ -241,12 +242,19 @@ class Grafts:
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.handles: list[Any] = []
         self.copies: Copies | None = None
+        self.watches_masks = False
 
     def copy_rows(self) -> None:
         """Readies the model for a Parallel, once."""
         if self.copies is None:
             self.copies = Copies(self.model, self.anatomy, self.active, self.lowest_block)
             self.handles += self.copies.handles
+
+    def watch_masks(self) -> None:
+        """Notes the masks of each pass from now on, once."""
+        if not self.watches_masks:
+            self.watches_masks = True
+            self.handles += masks.watch(self.model, self.anatomy)
 
     def lowest_block(self, names: tuple[str, ...]) -> int | None:
         """Returns the lowest block in which some adapters act; None if one acts below the blocks.

@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
     "loha": gt.LoHa(r=4, alpha=8),
     "lokr": gt.LoKr(r=2, alpha=4),
     "vera": gt.VeRA(r=16),
+    "gated": gt.LoRA(r=4, alpha=8, targets="attention", gate="auto"),
     "bitfit": gt.BitFit(add_missing=True),
     "full": gt.FullFineTuning(keep_base=True),
     "ia3": gt.IA3(),
@@ -46,6 +47,7 @@ METHODS: dict[str, Method] = {
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
 NOT_LINEAR = (
+    "gated",
     "houlsby",
     "pfeiffer",
     "parallel",
@@ -60,10 +62,10 @@ NOT_LINEAR = (
 )
 """Methods that can't be merged: no weight does what they do."""
 
-OFF_AT_START = ("prefix", "ptuningv2", "prompt")
+OFF_AT_START = ("prefix", "ptuningv2", "prompt", "multitask")
 """Methods that don't start equal to the base: attention is shared with what they add."""
 
-LONGER_ROWS = ("prompt",)
+LONGER_ROWS = ("prompt", "multitask")
 """Methods that lengthen rows, so that sums over masked places round otherwise than alone: 6e-6 in
 fp32, 1e-14 in fp64."""
 
@@ -74,10 +76,11 @@ REFUSALS: dict[tuple[str, str, str], str] = {
         for f in ("bloom", "deberta-v2")
     },
     **{
-        ("attach", "prompt", f): "takes embeddings in place of"
+        ("attach", m, f): "takes embeddings in place of"
+        for m in LONGER_ROWS
         for f in ("whisper", "vit", "swin", "clip")
     },
-    ("rows", "prompt", "bart"): "prompts of one length",
+    **{("rows", m, "bart"): "prompts of one length" for m in LONGER_ROWS},
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
     **{("rows", "said", family): "changes whole weights" for family in FAMILIES},
     **{

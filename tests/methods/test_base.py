@@ -65,7 +65,7 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
             reduction=st.integers(1, 64) | st.just({"0": 4, "default": 8}),
             dropout=st.floats(0, 1, exclude_max=True),
             scale=st.floats(-4, 4) | st.sampled_from(["learned", "channel"]),
-            gate=st.booleans(),
+            gate=st.sampled_from([None, "mean", "token"]),
             layers=layers,
             train_norms=st.booleans(),
             train_head=heads,

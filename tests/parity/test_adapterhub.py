@@ -50,7 +50,7 @@ LEFT_OUT: dict[str, str] = {
         ),
         NO_METHOD,
     ),
-    **dict.fromkeys(("lora_gated", "ia3_gated", "prefix_tuning_gated"), GATED),
+    "prefix_tuning_gated": GATED,
     **dict.fromkeys((f"t5/{case}" for case in PREFIXES), SHIFTED),
     "average": OVER_N_TWICE,
     "stack_lora": CHAIN,

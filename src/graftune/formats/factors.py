@@ -131,6 +131,7 @@ def graft(
     *,
     dropout: float = 0.0,
     from_start: bool = False,
+    is_gated: bool = False,
 ) -> Graft:
     """Returns a change as it acts on a model, its tensors copied to the host's device.
 
@@ -139,6 +140,7 @@ def graft(
         factors: the change, of the slice alone if there is one.
         part: the slice of the host's outputs it is of.
         dropout: as the method has it.
+        is_gated: give it room for a gate.
         from_start: the second half of A and B is the start from which the change is counted.
     """
     options: Mapping[str, Any] = hosts.delta_options(host, factors.parameter)
@@ -149,6 +151,7 @@ def graft(
         experts = low_rank.LowRankExperts(A, B, factors.scale, index, turned)
         return Graft(ParameterPlace(factors.module, factors.parameter), experts)
     kind = _KINDS[hosts.kind_of(host), factors.magnitude is not None]
+    kind = low_rank.GatedLowRank if is_gated else kind
     r = A.shape[0] // 2 if from_start else A.shape[0]
     first = (A[:r].clone(), B[:, :r].contiguous()) if from_start else (A, B)
     delta = kind(*first, factors.scale, dropout, factors.bias is not None)

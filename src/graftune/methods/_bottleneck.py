@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from graftune.anatomy import Anatomy
 from graftune.anatomy.ports import Sublayer, resolve_sublayers
 from graftune.anatomy.tensors import resolve_norms
-from graftune.errors import AdapterError, SettingsError
+from graftune.errors import SettingsError
+from graftune.methods._gate import GATES, add_gates
 from graftune.methods._invertible import coupling_count, plan_coupling
 from graftune.methods._maps import ACTIVATIONS, start_pair
 from graftune.methods.base import Method
@@ -40,8 +41,8 @@ SKIPS = ("answer", "read", "sum")
 class BottleneckDelta(SublayerDelta):
     """A serial or parallel bottleneck on one sublayer.
 
-    Shapes: down (k, d), down_bias (k), up (d, k), up_bias (d); if asked for, scale (1) or (d), gate
-    (1, d) and gate_bias (1), before_weight and before_bias (d), after_weight and after_bias (d).
+    Shapes: down (k, d), down_bias (k), up (d, k), up_bias (d); if asked for, scale (1) or (d),
+    before_weight and before_bias (d), after_weight and after_bias (d); gate, see `Gate`.
     """
 
     down: nn.Parameter
@@ -56,8 +57,10 @@ class BottleneckDelta(SublayerDelta):
         self.s = settings.scale if isinstance(settings.scale, float | int) else 1.0
         for name, shape in settings.shapes(width, k).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
-        self.has_gate, self.learns_scale = settings.gate, isinstance(settings.scale, str)
+        self.learns_scale = isinstance(settings.scale, str)
         self.norm_before, self.norm_after = settings.norm_before, settings.norm_after
+        self.gate_width = width
+        self.add_module("gate", None)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -77,8 +80,6 @@ class BottleneckDelta(SublayerDelta):
             if name in ("scale", "before_weight", "after_weight"):
                 nn.init.ones_(tensor)
         self.start_maps(init)
-        if self.has_gate:
-            nn.init.normal_(own["gate"], std=0.02)
 
     def start_maps(self, init: str) -> None:
         """Sets the initial values of the two projections."""
@@ -92,8 +93,9 @@ class BottleneckDelta(SublayerDelta):
             change = F.dropout(change, self.p)
         if self.depth_p and self.training:
             change = _row_dropped(change, self.depth_p)
-        if self.has_gate:
-            change = change * self.opened(z)
+        gate = self._modules["gate"]
+        if gate is not None:
+            change = change * gate(z)
         if self.norm_after and not self.norms_sum:
             change = self._normed(change, "after")
         if change.dtype is not h.dtype:
@@ -131,21 +133,6 @@ class BottleneckDelta(SublayerDelta):
         """Returns D, `(k, d)`, and U, `(d, k)`."""
         own: Any = self._parameters
         return own["down"], own["up"]
-
-    def opened(self, z: Tensor) -> Tensor:
-        """Returns the gate of each row, `(rows, 1, 1)`: its mean over tokens, padding included.
-
-        Raises:
-            AdapterError: the model has put rows and tokens into one dimension.
-        """
-        if z.ndim != 3:
-            raise AdapterError(
-                "A gate is a mean over each row's tokens, but this model runs the sublayer on "
-                f"tokens of all rows together, {tuple(z.shape)}: leave gate=False."
-            )
-        own: Any = self._parameters
-        gate = own["gate"]
-        return torch.sigmoid(F.linear(z.to(gate.dtype), gate, own["gate_bias"])).mean(1, True)
 
     def added_to(self, h: Tensor, z: Tensor, seen: Seen) -> Tensor:
         """Returns what the change is added to."""
@@ -190,8 +177,8 @@ class BottleneckMethod(Method):
     """Chance that a row's whole change is dropped in training."""
     init: str = "zero-up"
     """Of D and U: "zero-up" equals the base, "near-identity" N(0, 0.01^2), "bert" N(0, 0.02^2)."""
-    gate: bool = False
-    """Multiply the change by a gate of each row, the mean of a sigmoid over its tokens."""
+    gate: str | None = None
+    """Multiply the change by a gate: "token", "mean", "mean-padded" or "auto"; see `_gate`."""
     norm_before: bool = False
     """Put a trained LayerNorm before D."""
     norm_after: bool = False
@@ -223,6 +210,8 @@ class BottleneckMethod(Method):
         self._check_choice("sublayers", KINDS)
         self._check_choice("activation", tuple(ACTIVATIONS))
         self._check_choice("init", self.inits)
+        if self.gate is not None:
+            self._check_choice("gate", GATES)
         for field in ("dropout", "stochastic_depth"):
             self._check_number(field, 0, 1, open_high=True)
         if self.bottleneck is not None:
@@ -251,8 +240,6 @@ class BottleneckMethod(Method):
         shapes: dict[str, tuple[int, ...]] = self.map_shapes(width, k)
         if isinstance(self.scale, str):
             shapes["scale"] = (1,) if self.scale == "learned" else (width,)
-        if self.gate:
-            shapes |= {"gate": (1, width), "gate_bias": (1,)}
         for which, on in (("before", self.norm_before), ("after", self.norm_after)):
             if on:
                 shapes |= {f"{which}_weight": (width,), f"{which}_bias": (width,)}
@@ -269,6 +256,8 @@ class BottleneckMethod(Method):
             SettingsError: a bottleneck without width, or a place that can't be read.
         """
         grafts = [self._graft(model, *found, empty) for found in self.places(model, anatomy)]
+        if self.gate is not None:
+            add_gates(self.gate, grafts, anatomy, empty)
         return grafts + [own_value(model, n, empty=empty) for n in self._norms(model, anatomy)]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
@@ -278,6 +267,8 @@ class BottleneckMethod(Method):
             for sublayer, _, k in self.places(model, anatomy)
             for shape in self.shapes(sublayer.block.width, k).values()
         )
+        if self.gate is not None:
+            places += sum(s.block.width + 1 for s, _, _ in self.places(model, anatomy))
         norms = self._norms(model, anatomy)
         return places + sum(model.get_parameter(name).numel() for name in norms)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftune.errors import AdapterError
+from graftune.methods._gate import Gate
 from graftune.methods._weight_change import ExpertsChange
 from graftune.sites import hosts
 from graftune.sites.base import LinearDelta
@@ -86,6 +88,26 @@ class LowRank(LinearDelta):
     def bias_change(self, bias: Tensor | None) -> Tensor | None:
         """See `LinearDelta.bias_change`."""
         return None if self.bias is None else self.scale * self.bias
+
+
+class GatedLowRank(LowRank):
+    """y + G * s * B A x, G by row or token of x; it can't be merged. Shapes: gate, see `Gate`."""
+
+    gate: Gate
+
+    @property
+    def gate_width(self) -> int:
+        """Features that the gate reads."""
+        return self.A.shape[1]
+
+    def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        """See `LinearDelta.forward`."""
+        dropped = self.dropped(x) if self.dropout and self.training else x
+        return y + (self.change(dropped, host) * (self.gate(x) * self.scale)).to(y.dtype)
+
+    def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
+        """See `Delta.merged`."""
+        raise AdapterError("A gated LoRA can't be merged: its gates depend on the input.")
 
 
 class LowRankEmbedding(LowRank):

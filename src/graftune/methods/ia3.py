@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
-from graftune.errors import SettingsError
+from graftune.errors import AdapterError, SettingsError
+from graftune.methods._gate import GATES, Gate, add_gates
 from graftune.methods._weight_change import Matrix, targeted
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
@@ -48,6 +49,9 @@ class IA3(Method):
     """Linears whose inputs are scaled: in "down", the FFN's inner activation; () for none."""
     exclude: tuple[str, ...] = ()
     """Module names left out of both."""
+    gate: str | None = None
+    """Multiply the scales of outputs by a gate: "token", "mean", "mean-padded" or "auto"; see
+    `_gate`. Then it starts at about half of the base's outputs, and can't be merged."""
     layers: int | str | tuple[int, ...] | None = None
     """Blocks to change: an index, a list, or a slice such as "6:"; None for all."""
 
@@ -55,6 +59,13 @@ class IA3(Method):
         """See `Method.check`."""
         if not self.targets and not self.feedforward:
             raise SettingsError("IA3: targets and feedforward are both empty: nothing is scaled.")
+        if self.gate is not None:
+            self._check_choice("gate", GATES)
+            if self.feedforward:
+                raise SettingsError(
+                    f'IA3: gate="{self.gate}" is of scaled outputs: name "up" in targets, and set '
+                    "feedforward=()."
+                )
 
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
         """See `Method.plan`.
@@ -63,12 +74,16 @@ class IA3(Method):
             SettingsError: a place has no features to scale on that side.
         """
         outputs, inputs = self._matrices(model, anatomy)
-        return [_scaled_output(m) for m in outputs] + [_scaled_input(m) for m in inputs]
+        scaled = [_scaled_output(m, self.gate is not None) for m in outputs]
+        if self.gate is not None:
+            add_gates(self.gate, scaled, anatomy, empty)
+        return scaled + [_scaled_input(m) for m in inputs]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: a scale for each feature, of which an expert has its own."""
         outputs, inputs = self._matrices(model, anatomy)
-        scaled = sum(matrix.out for matrix in outputs)
+        gates = 0 if self.gate is None else sum(matrix.fan_in + 1 for matrix in outputs)
+        scaled = sum(matrix.out for matrix in outputs) + gates
         return scaled + sum(_entries(matrix) for matrix in inputs)
 
     def _matrices(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[Matrix], list[Matrix]]:
@@ -99,6 +114,24 @@ class ScaledOutput(LinearDelta):
     def bias_change(self, bias: Tensor | None) -> Tensor | None:
         """See `LinearDelta.bias_change`: l * b in all."""
         return None if bias is None else (self.l - 1) * bias
+
+
+class GatedOutput(ScaledOutput):
+    """G * l * y, G by row or token of x. Shapes: gate, see `Gate`."""
+
+    gate: Gate
+
+    def __init__(self, scales: Tensor, gate_width: int) -> None:
+        super().__init__(scales)
+        self.gate_width = gate_width
+
+    def forward(self, x: Tensor, y: Tensor, host: nn.Module) -> Tensor:
+        """See `LinearDelta.forward`."""
+        return (y * (self.l * self.gate(x))).to(y.dtype)
+
+    def merged(self, weight: Tensor, host: nn.Module) -> Tensor:
+        """See `Delta.merged`."""
+        raise AdapterError("A gated IA3 can't be merged: its gates depend on the input.")
 
 
 class ScaledInput(InputDelta):
@@ -149,13 +182,18 @@ def _entries(matrix: Matrix) -> int:
     return matrix.lead[0] * matrix.fan_in if matrix.lead else matrix.fan_in // matrix.taps
 
 
-def _scaled_output(matrix: Matrix) -> Graft:
+def _scaled_output(matrix: Matrix, is_gated: bool) -> Graft:
     if matrix.in_experts:
         raise SettingsError(
             f"IA3: {matrix.name} holds the weights of experts, whose outputs can't be scaled; "
             "name it in feedforward to scale what enters them."
         )
-    return Graft(matrix.place, ScaledOutput(matrix.empty(matrix.out).fill_(1)))
+    ones = matrix.empty(matrix.out).fill_(1)
+    if not is_gated:
+        return Graft(matrix.place, ScaledOutput(ones))
+    if hosts.kind_of(matrix.host) != "linear":
+        raise SettingsError(f"IA3: {matrix.name} is no linear, and can't be gated.")
+    return Graft(matrix.place, GatedOutput(ones, matrix.fan_in))
 
 
 def _scaled_input(matrix: Matrix) -> Graft:

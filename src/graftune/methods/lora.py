@@ -25,6 +25,7 @@ from graftune.errors import SettingsError
 from graftune.methods import _eva as eva
 from graftune.methods import _lora_starts as starts
 from graftune.methods import _low_rank as low_rank
+from graftune.methods._gate import GATES, add_gates
 from graftune.methods._lora_tokens import token_embedding, token_grafts
 from graftune.methods._patterns import check_patterns, check_used, value_for
 from graftune.methods._weight_change import of_experts
@@ -78,6 +79,10 @@ class LoRA(Method):
     """Other alphas, by a pattern that ends a module's name."""
     trainable_tokens: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     """Token ids whose embedding rows are trained; or by embedding module."""
+    gate: str | None = None
+    """Multiply B A x by a gate, not by s: "token", "mean", "mean-padded" or "auto"; see `_gate`."""
+    gate_times_scale: bool = False
+    """Let a gate multiply the scaled change."""
     lr_ratio: float | None = None
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, about 16)."""
     eva_rho: float = 2.0
@@ -95,10 +100,21 @@ class LoRA(Method):
             self._check_number("alpha", 0)
         if self.lr_ratio is not None:
             self._check_number("lr_ratio", 0)
+        self._check_gate()
         self._check_start()
         self._check_choice("bias", ("none", "all", "lora_only"))
         check_patterns(self.name, "rank_pattern", self.rank_pattern, 1)
         check_patterns(self.name, "alpha_pattern", self.alpha_pattern, 0)
+
+    def _check_gate(self) -> None:
+        if self.gate is None:
+            return
+        self._check_choice("gate", GATES)
+        if self.dora or self.lora_bias or self.init not in ("zero-B", "gaussian", "eva"):
+            raise SettingsError(
+                f'{self.name}: gate="{self.gate}" goes with neither dora, lora_bias nor '
+                f'init="pissa" or "olora".'
+            )
 
     def _check_start(self) -> None:
         """Raises for a start that can't be, or settings of a start that isn't chosen."""
@@ -113,7 +129,9 @@ class LoRA(Method):
                 )
 
     def scale(self, module: str) -> float:
-        """Returns s for a module."""
+        """Returns s for a module; 1 where a gate stands in its place."""
+        if self.gate is not None and not self.gate_times_scale:
+            return 1.0
         r = self.rank_of(module)
         alpha = value_for(self.alpha_pattern, module)
         alpha = alpha if alpha is not None else self.alpha
@@ -131,6 +149,8 @@ class LoRA(Method):
         check_used(self.name, "rank_pattern", self.rank_pattern, names)
         check_used(self.name, "alpha_pattern", self.alpha_pattern, names)
         grafts = [self._graft(model, projection, empty) for projection in chosen]
+        if self.gate is not None:
+            add_gates(self.gate, grafts, anatomy, empty)
         for module, ids in self._tokens(anatomy).items():
             grafts += token_grafts(model, anatomy, module, ids)
         return grafts + self._biases(model, anatomy, chosen, empty)
@@ -200,6 +220,7 @@ class LoRA(Method):
             out = _height(part, out)
             taps = math.prod(getattr(host, "kernel_size", ()))
             total += r * (fan_in * taps + out) + (self.dora + self.lora_bias) * out
+            total += 0 if self.gate is None else fan_in + 1
         for module, ids in self._tokens(anatomy).items():
             total += len(ids) * token_embedding(model, module)[1].embedding_dim
         biases = self._biases(model, anatomy, chosen, empty=True)
@@ -256,8 +277,11 @@ class LoRA(Method):
             )
         A = torch.empty((r, fan_in, *taps), **options)  # type: ignore[arg-type]
         B = torch.empty((out, r, *[1] * len(taps)), **options)  # type: ignore[arg-type]
-        kinds = _DORA_KINDS if self.dora else _KINDS
-        delta = kinds[hosts.kind_of(host)](A, B, scale, self.dropout, self.lora_bias)
+        kinds = _DORA_KINDS if self.dora else _KINDS if self.gate is None else _GATED_KINDS
+        kind = hosts.kind_of(host)
+        if kind not in kinds:
+            raise SettingsError(f"LoRA: {projection.module} is no linear, and can't be gated.")
+        delta = kinds[kind](A, B, scale, self.dropout, self.lora_bias)
         if projection.rows is not None and self.dora:
             delta.register_buffer("index", starts.indices(projection, A.device), persistent=False)
         if empty:
@@ -269,10 +293,11 @@ class LoRA(Method):
     def _experts(
         self, host: nn.Module, projection: Projection, r: int, scale: float, empty: bool
     ) -> Graft:
-        if self.dropout or self.dora or self.lora_bias or self.init in starts.FROM_WEIGHT:
+        plain = not (self.dropout or self.dora or self.lora_bias or self.gate)
+        if not plain or self.init in starts.FROM_WEIGHT:
             raise SettingsError(
                 f"LoRA: {projection.path} holds the weights of experts, on which dropout, dora, "
-                "lora_bias and init from the weight are not possible; leave it out with "
+                "lora_bias, a gate and init from the weight are not possible; leave it out with "
                 'targets="attention".'
             )
         matrix = of_experts(host, projection)
@@ -289,6 +314,7 @@ _KINDS: dict[str, type[low_rank.LowRank]] = {
     "embedding": low_rank.LowRankEmbedding,
     "conv": low_rank.LowRankConv,
 }
+_GATED_KINDS: dict[str, type[low_rank.LowRank]] = {"linear": low_rank.GatedLowRank}
 _DORA_KINDS: dict[str, type[low_rank.LowRank]] = {
     "linear": low_rank.Magnitude,
     "embedding": low_rank.MagnitudeEmbedding,

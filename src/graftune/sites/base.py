@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from graftune.composition import Fused, Step, Steps, names_in
 from graftune.errors import AdapterError
-from graftune.sites import hosts
+from graftune.sites import hosts, masks
 from graftune.sites.plan import ALWAYS, RowsAt, joined, taken
 from graftune.sites.state import Active
 
@@ -45,6 +45,8 @@ class Delta(nn.Module):
     """Largest rank of the change, where it is bounded."""
     follows: bool = False
     """Whether it only repeats another delta's change on a tied tensor."""
+    needs_masks: bool = False
+    """Whether it asks `graftune.sites.masks` which tokens are real."""
     shared: bool = True
     """Whether modules tied to the host's tensor see the change too (of parameter deltas)."""
 
@@ -443,7 +445,8 @@ class Site(nn.Module):
         for steps, at in self.mixed_rows(value.shape[0], value.device):
             part = taken(value, at)
             if self.acts(steps):
-                part, is_changed = change(steps, at, part), True
+                with masks.of_rows(at):
+                    part, is_changed = change(steps, at, part), True
             parts.append((at, part))
         return joined(parts) if is_changed else value
 

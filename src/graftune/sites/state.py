@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftune.composition import AdapterDrop, Composition
+from graftune.sites import masks
 from graftune.sites.plan import Plan
 
 
@@ -209,9 +210,10 @@ def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
 class _Replay:
     def __init__(self, run: Callable[..., Any], active: Active, plan: Plan) -> None:
         self.run, self.active, self.plan = run, active, plan
+        self.masks = masks.noted()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.plan.copied():
+        with self.plan.copied(), masks.seen_as(self.masks):
             if self.active.current() is self.plan:
                 return self.run(*args, **kwargs)
             with self.active.pinned(self.plan):

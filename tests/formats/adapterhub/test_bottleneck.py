@@ -196,7 +196,7 @@ def test_norms_gates_and_scales_are_read(tmp_path: Path) -> None:
         "before_weight": "adapter_norm_before.weight",
         "after_bias": "adapter_norm_after.bias",
         "down": "adapter_down.1.weight",
-        "gate": "gate.weight",
+        "gate.weight": "gate.weight",
         "scale": "scaling",
     }.items():
         assert torch.equal(own[f"bert.encoder.layer.1.ffn.adapter.{name}"], tensors[home + theirs])

@@ -151,6 +151,46 @@ def test_it_computes_the_equations(family: str, config: dict[str, Any], tmp_path
     check(found, merged(family, tensors, config), family)
 
 
+def gated(family: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
+    """Returns the base with hooks that compute the gated equations, means over all tokens."""
+    model = FAMILIES[family].build()
+
+    def hook(own: dict[str, Tensor]) -> Any:
+        def changed(host: nn.Module, args: Any, y: Tensor) -> Tensor:
+            x = args[0]
+            G = torch.sigmoid(x @ own["gate.weight"].T + own["gate.bias"]).mean(1, keepdim=True)
+            if config["composition_mode"] == "scale":
+                return y * own["lora_B"].flatten() * G
+            return y + G * (x @ own["lora_A"].T @ own["lora_B"].T)
+
+        return changed
+
+    for path in paths(family, config):
+        own = {n.partition(".loras.task.")[2]: t for n, t in tensors.items() if f"{path}." in n}
+        model.get_submodule(path).register_forward_hook(hook(own))
+    return model
+
+
+@pytest.mark.parametrize("config", [LORA | ALL, IA3], ids=["lora", "ia3"])
+@pytest.mark.parametrize("family", LINEARS)
+def test_gates_stand_in_the_place_of_alpha(
+    family: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config | {"use_gating": True, "alpha": 5}
+    tensors, draw = lora_tensors(family, config), drawn()
+    for path in paths(family, config):
+        fan_in = FAMILIES[family].build().get_submodule(path).weight.shape[1]  # type: ignore[union-attr]
+        tensors[f"{path}.loras.task.gate.weight"] = draw(1, fan_in)  # type: ignore[arg-type]
+        tensors[f"{path}.loras.task.gate.bias"] = draw(1)
+    found = load(write(tmp_path / "a", config, tensors, family), family)
+    plain, expected = (
+        logits(model, family)
+        for model in (FAMILIES[family].build(), gated(family, tensors, config))
+    )
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(logits(found.model, family), expected, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("letters", [["q", "v"], ["q", "k", "v"], ["v"]], ids="".join)
 @pytest.mark.parametrize("mode", ["add", "scale"])
 def test_gpt2s_linear_holds_one_change_for_each_letter(
@@ -253,7 +293,7 @@ def test_what_comes_from_vits_old_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"use_gating": True}, "gated LoRA"),
+        ({"use_gating": True}, "8 missing: .*gate.weight"),
         ({"attn_matrices": ["q", "k", "v"]}, "ask for key, query, value matrices"),
         ({"intermediate_lora": True}, "and 1 of each feed-forward"),
         ({"use_dora": True}, "4 missing: .*m.weight"),

@@ -50,6 +50,9 @@ WRITTEN: list[tuple[str, Any]] = [
     ("gpt2", gt.LoRA(r=2, targets=("value", "down"), init="pissa")),
     ("llama", gt.LoRA(r=2, targets=("query", "down", "up"), dora=True, alpha=6)),
     ("vit", gt.LoRA(r=2, targets=("up", "down"), layers=(1,))),
+    ("gpt2", gt.LoRA(r=2, alpha=3, targets=("query", "value", "up"), gate="mean-padded")),
+    ("llama", gt.IA3(targets=("key", "value"), feedforward=(), gate="mean-padded")),
+    ("bert", gt.PfeifferAdapter(reduction=4, gate="mean-padded", scale=2.0)),
 ]
 
 
@@ -134,6 +137,13 @@ def test_the_old_form_of_a_file_is_brought_up_to_date(tmp_path: Path) -> None:
         ("bert", gt.LoRA(r=2), "it changes output, and AdapterHub's settings know query, key"),
         ("bert", gt.LoRA(r=2, targets="qv", rank_pattern={"value": 3}), "ranks or scales differ"),
         ("bert", gt.LoRA(r=2, targets="qv", lora_bias=True), "lora_bias"),
+        ("bert", gt.LoRA(r=2, targets="qv", gate="mean"), 'gate="mean-padded"'),
+        ("bert", gt.PfeifferAdapter(gate="token"), 'kind "token".*gate="mean-padded"'),
+        (
+            "bert",
+            gt.LoRA(r=2, alpha=4, targets="qv", gate="mean-padded", gate_times_scale=True),
+            "multiply the scaled change",
+        ),
         ("bert", gt.LoRA(r=2, targets="qv", dora=True), "turns a linear's bias too"),
         ("gpt2", gt.LoRA(r=2, targets=("query",), dora=True), "no DoRA on linears that hold"),
         ("llama", gt.LoRA(r=2, targets=("layers.0.self_attn.q_proj", "v_proj")), "other linears"),

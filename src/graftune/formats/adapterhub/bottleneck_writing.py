@@ -10,6 +10,7 @@ from torch import Tensor
 from graftune.errors import FormatError
 from graftune.formats.adapterhub import bottleneck, compacter, invertible, paths
 from graftune.formats.adapterhub.bottleneck import ACTIVATIONS, INITS
+from graftune.formats.adapterhub.low_rank_writing import check_gate
 from graftune.methods._bottleneck import BottleneckDelta, BottleneckMethod, SerialMethod
 from graftune.methods.compacter import Compacter
 from graftune.methods.parallel import ParallelAdapter
@@ -57,6 +58,7 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
 
 def settings(adapter: Adapter, method: BottleneckMethod) -> dict[str, Any]:
     """Returns AdapterHub's settings of a bottleneck adapter."""
+    check_gate(method.gate)
     kinds = method.sublayers
     is_t5 = adapter.anatomy.model_type in paths.LIKE_T5
     crosses = "cross-attention" in kinds
@@ -77,7 +79,7 @@ def settings(adapter: Adapter, method: BottleneckMethod) -> dict[str, Any]:
         "reduction_factor": _reduction(adapter, method),
         "scaling": method.scale if isinstance(method.scale, str) else float(method.scale),
         "stochastic_depth": method.stochastic_depth,
-        "use_gating": method.gate,
+        "use_gating": method.gate is not None,
         **_flags(adapter, method),
         **_phm(method),
     }

@@ -1,4 +1,4 @@
-"""(IA)^3 by AdapterHub: every linear's output is scaled, y = alpha l * (W x + b).
+"""(IA)^3 by AdapterHub scales every linear's output: y = alpha l * (W x + b), or G l * (W x + b).
 
 Of the feed-forward that is the output of its first linear, before the activation (of LLaMA's, that
 of its last), where the paper and HF PEFT scale the input of the last.
@@ -12,9 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from graftune.formats.adapterhub.base import Reading
-from graftune.formats.adapterhub.low_rank import LowRankKind, check_shape, linears, targets
+from graftune.formats.adapterhub.low_rank import (
+    LowRankKind,
+    check_shape,
+    fill_gates,
+    gate_kind,
+    linears,
+    targets,
+)
 from graftune.methods.base import Method
-from graftune.methods.ia3 import IA3, ScaledOutput
+from graftune.methods.ia3 import IA3, GatedOutput, ScaledOutput
 from graftune.sites import hosts
 from graftune.sites.base import Graft, LinearPlace
 
@@ -37,17 +44,22 @@ class Ia3(LowRankKind):
         method = IA3(
             targets=targets(reading, found),
             feedforward=(),
+            gate=gate_kind(reading),
             layers=reading.layers,
             train_head=tuple(heads) or False,
         )
         grafts: list[Graft] = []
+        is_gated = method.gate is not None
         for linear in found:
             check_shape(reading, linear, "lora_B", (linear.sizes[1], 1))
-            scales: Tensor = linear.tensors["lora_B"].flatten() * reading.config["alpha"]
+            alpha = 1 if is_gated else reading.config["alpha"]
+            scales: Tensor = linear.tensors["lora_B"].flatten() * alpha
             scales = scales.to(**hosts.delta_options(linear.host), copy=True)
             part = linear.projection
             place = LinearPlace(part.module, part.role, part.rows)
-            grafts.append(Graft(place, ScaledOutput(scales)))
+            delta = GatedOutput(scales, linear.sizes[0]) if is_gated else ScaledOutput(scales)
+            grafts.append(Graft(place, delta))
+        fill_gates(reading, grafts, found)
         return method, grafts
 
 

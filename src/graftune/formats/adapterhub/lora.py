@@ -5,7 +5,7 @@
 
 Ours has DoRA's norm of W + s B A and leaves b as it is, so that m is taken over as
 f ||W + s B A|| and (f - 1) b as a bias of B: the same function, exactly.
-A file of `adapters` before 1.1 was trained without s, which is 1 for it.
+A gate stands in the place of s. A file of `adapters` before 1.1 was trained with s = 1.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from graftune.formats.adapterhub.low_rank import (
     Linear,
     LowRankKind,
     check_shape,
+    fill_gates,
+    gate_kind,
     linears,
     targets,
 )
@@ -53,7 +55,7 @@ class Lora(LowRankKind):
         """See `Kind.planned`."""
         is_dora = bool(reading.config["use_dora"])
         found = linears(reading, ("lora_A", "lora_B", *(("m.weight",) if is_dora else ())))
-        scale = _alpha(reading) / reading.config["r"]
+        scale = 1.0 if reading.config["use_gating"] else _alpha(reading) / reading.config["r"]
         for linear in found:
             _check(reading, linear)
         biased = is_dora and any(_bias(linear) is not None for linear in found)
@@ -76,13 +78,22 @@ def low_rank(
         targets=targets(reading, found),
         layers=reading.layers,
         dora=bool(config["use_dora"]),
+        gate=gate_kind(reading),
         lora_bias=any(change.bias is not None for change in changes),
         train_head=tuple(heads) or False,
     )
-    return method, [
-        factors.graft(linear.host, change, _slice(linear, change), dropout=config["dropout"])
+    grafts = [
+        factors.graft(
+            linear.host,
+            change,
+            _slice(linear, change),
+            dropout=config["dropout"],
+            is_gated=method.gate is not None,
+        )
         for linear, change in zip(found, changes, strict=True)
     ]
+    fill_gates(reading, grafts, found)
+    return method, grafts
 
 
 def _alpha(reading: Reading) -> float:
@@ -95,8 +106,9 @@ def _alpha(reading: Reading) -> float:
 def _check(reading: Reading, linear: Linear) -> None:
     r, (fan_in, out) = reading.config["r"], linear.sizes
     shapes = {"lora_A": (r, fan_in), "lora_B": (out, r), "m.weight": (out, 1)}
-    for name in linear.tensors:
-        check_shape(reading, linear, name, shapes[name])
+    for name, shape in shapes.items():
+        if name in linear.tensors:
+            check_shape(reading, linear, name, shape)
 
 
 def _slice(linear: Linear, change: factors.Factors) -> factors.Slice | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,9 +19,12 @@ from graftune.errors import AnatomyError, BaseMismatchError, FormatError
 from graftune.formats.adapterhub.base import Kind, Reading
 from graftune.formats.adapterhub.names import projections
 from graftune.formats.tensors import listed
+from graftune.methods._gate import add_gates
 from graftune.sites import hosts
-from graftune.sites.base import base_modules
+from graftune.sites.base import Graft, base_modules
 
+GATE = ("gate.weight", "gate.bias")
+"""Tensors of a gate."""
 _LETTERS = {"q": "query", "k": "key", "v": "value"}
 """What attn_matrices may hold; others have no effect."""
 
@@ -71,28 +73,19 @@ class LowRankKind(Kind):
     }
     without_effect = ("dtype", "init_weights", "init_weights_seed")
 
-    def checked(self, settings: Mapping[str, Any], where: str, wrote: str) -> dict[str, Any]:
-        """See `Kind.checked`."""
-        config = super().checked(settings, where, wrote)
-        if config["use_gating"]:
-            raise FormatError(
-                f"{where} is a gated {self.name} (use_gating), written by {wrote}, which this "
-                "version does not read."
-            )
-        return config
-
 
 def linears(reading: Reading, wanted: Collection[str]) -> list[Linear]:
     """Returns every linear that a file changes, block by block.
 
     Args:
         reading: the directory.
-        wanted: the names of the tensors that each has.
+        wanted: the names of the tensors that each has, but for gates.
 
     Raises:
         FormatError: tensors are missing or unexpected.
         BaseMismatchError: the model has no such linears.
     """
+    wanted = (*wanted, *(GATE if reading.config["use_gating"] else ()))
     groups: dict[tuple[int, str], dict[str, Tensor]] = {}
     keys: dict[tuple[int, str], str] = {}
     strange = list(reading.tensors.strangers)
@@ -112,6 +105,25 @@ def linears(reading: Reading, wanted: Collection[str]) -> list[Linear]:
     ]
     _check_settings(reading, found)
     return found
+
+
+def gate_kind(reading: Reading) -> str | None:
+    """Returns the kind of gate that the settings mean: a mean over all tokens, or none."""
+    return "mean-padded" if reading.config["use_gating"] else None
+
+
+def fill_gates(reading: Reading, grafts: Sequence[Graft], found: Sequence[Linear]) -> None:
+    """Gives the deltas of gated linears the gates that the file has."""
+    kind = gate_kind(reading)
+    if kind is None:
+        return
+    add_gates(kind, grafts, reading.anatomy, empty=True)
+    for graft, linear in zip(grafts, found, strict=True):
+        check_shape(reading, linear, "gate.weight", (1, linear.sizes[0]))
+        check_shape(reading, linear, "gate.bias", (1,))
+        for name, tensor in graft.delta.state_dict(keep_vars=True).items():
+            if name in GATE:
+                tensor.data.copy_(linear.tensors[name])
 
 
 def _check_names(reading: Reading, missing: list[str], strange: list[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graftune.anatomy.parts import Block, Projection
 from graftune.errors import FormatError
 from graftune.formats.adapterhub import paths
+from graftune.formats.adapterhub.low_rank import GATE
 from graftune.methods._low_rank import LowRank, LowRankConv, LowRankEmbedding, Magnitude
 from graftune.methods.ia3 import IA3, ScaledOutput
 from graftune.methods.lora import LoRA
@@ -25,7 +26,6 @@ _LETTERS = {"query": "q", "key": "k", "value": "v"}
 _UNUSED: dict[str, Any] = {
     "dtype": None,
     "init_weights_seed": None,
-    "use_gating": False,
     "vera_b": None,
     "vera_d": None,
 }
@@ -51,15 +51,29 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     if not isinstance(method, LoRA | IA3):
         return None
     parts = list(_parts(adapter))
-    settings = {**_UNUSED, **_places(adapter, parts)}
+    check_gate(method.gate)
+    settings = {**_UNUSED, **_places(adapter, parts), "use_gating": method.gate is not None}
     if isinstance(method, IA3):
         own: dict[str, Any] = {"alpha": 1, "composition_mode": "scale", "dropout": 0.0, "r": 1}
         own |= {"init_weights": "ia3", "use_dora": False}
         return settings | own, _tensors(adapter, parts, _scales)
     r, scale = _rank(parts)
+    if method.gate is not None:
+        if scale != 1:
+            raise FormatError("its gates multiply the scaled change (gate_times_scale).")
+        scale = 1 if method.alpha is None else method.alpha / r
     own = {"alpha": _whole(scale * r), "composition_mode": "add", "dropout": method.dropout, "r": r}
     own |= {"init_weights": "lora", "use_dora": method.dora}
     return settings | own, _tensors(adapter, parts, _factors)
+
+
+def check_gate(gate: str | None) -> None:
+    """Raises FormatError unless AdapterHub has such a gate."""
+    if gate not in (None, "mean-padded"):
+        raise FormatError(
+            f'its gates are of kind "{gate}", and AdapterHub\'s are means over all tokens, padding '
+            'too: gate="mean-padded".'
+        )
 
 
 def _parts(adapter: Adapter) -> Iterator[_Part]:
@@ -153,7 +167,12 @@ def _tensors(adapter: Adapter, parts: Sequence[_Part], make: Any) -> dict[str, T
 def _scales(model: nn.Module, one: _Part) -> dict[str, Tensor]:
     assert isinstance(one.graft.delta, ScaledOutput)
     l = one.graft.delta.l.detach()  # noqa: E741 - the paper's letter
-    return {"lora_B": (l if one.rows is None else l[one.rows]).reshape(-1, 1)}
+    return {"lora_B": (l if one.rows is None else l[one.rows]).reshape(-1, 1), **_gate(one)}
+
+
+def _gate(one: _Part) -> dict[str, Tensor]:
+    """Returns the tensors of a gate; none where there is none."""
+    return {name: t for name, t in one.graft.delta.state_dict().items() if name in GATE}
 
 
 def _factors(model: nn.Module, one: _Part) -> dict[str, Tensor]:
@@ -164,7 +183,7 @@ def _factors(model: nn.Module, one: _Part) -> dict[str, Tensor]:
         return {"lora_A": A, "lora_B": B, "m.weight": _magnitude(model, one, delta)}
     if delta.bias is not None:
         raise FormatError("B has a bias of its own (lora_bias), which AdapterHub has not.")
-    return {"lora_A": A, "lora_B": B if one.rows is None else B[one.rows]}
+    return {"lora_A": A, "lora_B": B if one.rows is None else B[one.rows], **_gate(one)}
 
 
 def _plain(delta: LowRank) -> tuple[Tensor, Tensor]:

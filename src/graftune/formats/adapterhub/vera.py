@@ -32,6 +32,8 @@ class Vera(LowRankKind):
 
     def planned(self, reading: Reading, heads: Sequence[str]) -> tuple[Method, list[Graft]]:
         """See `Kind.planned`."""
+        if reading.config["use_gating"]:
+            raise FormatError(f"{reading.where} is a gated VeRA (use_gating), which isn't read.")
         if sorted(reading.tensors.shared) != ["lora_A", "lora_B"]:
             raise FormatError(
                 f"{reading.where} lacks the matrices that all linears share, which AdapterHub "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from graftune.errors import FormatError
 from graftune.formats.peft_types.base import PeftType
+from graftune.methods._gate import Gate
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -46,12 +47,14 @@ def writer(adapter: Adapter) -> PeftType | None:
     """Returns what writes an adapter so that PEFT loads it; None where PEFT can't compute it."""
     for kind in _types().values():
         if kind.method == adapter.method.name:
-            return None if kind.obstacle(adapter) else kind
+            return None if obstacle(adapter) else kind
     return None
 
 
 def obstacle(adapter: Adapter) -> str:
     """Returns why PEFT can't compute an adapter, in words; "" where it can."""
+    if any(isinstance(part, Gate) for graft in adapter.grafts for part in graft.delta.children()):
+        return "HF PEFT has no gates"
     for kind in _types().values():
         if kind.method == adapter.method.name:
             return kind.obstacle(adapter) or ""
