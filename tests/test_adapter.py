@@ -371,6 +371,21 @@ def test_an_adapter_says_what_it_is() -> None:
     assert adapter.method == gt.LoRA(r=2, targets="qv", train_head=False)
 
 
+def test_starts_from_another_adapter_but_for_its_head() -> None:
+    model = bert("a")
+    source = gt.adapters(model)["a"]
+    new = gt.attach(model, source.method, "b", seed=5)
+    head = {n: t.clone() for n, t in new.state_dict().items() if "classifier" in n}
+    assert new.start_from(source) is new
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(tensor, head.get(name, source.state_dict()[name]))
+    with pytest.raises(AdapterError, match='"a" has no tasks to choose of'):
+        new.start_from(source, task=1)
+    other = gt.attach(model, gt.LoRA(r=3), "c")
+    with pytest.raises(AdapterError, match='No start from "a"'):
+        other.start_from(source)
+
+
 def test_a_failed_attach_beside_another_leaves_both_as_they_were() -> None:
     model = bert("a")
     before, modules = logits(model, INPUTS), [n for n, _ in model.named_modules()]

@@ -210,6 +210,12 @@ class TrainerMixin(_Base):
         """Returns the parameters that weight decay is for: matrices, not biases, norms or gates."""
         return [name for name, p in model.named_parameters() if groups.decays(p)]
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        grafts = [graft for adapter in self.training_adapters() for graft in adapter.grafts]
+        if any(getattr(graft.delta, "tasks", 0) for graft in grafts):
+            self._signature_columns = list({*(self._signature_columns or ()), "task_ids"})
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         wanted = self.group_by_length and self.args.train_sampling_strategy in _BY_LENGTH
