@@ -30,6 +30,8 @@ EMBEDDINGS = "prompt_embeddings"
 class PromptsType(PeftType):
     """A type that PEFT runs by a class for the task, with its tensors beside the base's."""
 
+    names: ClassVar[Mapping[str, str]]
+    """PEFT's names of a delta's tensors by ours; heads lie beside them."""
     defaults: ClassVar[Mapping[str, Any]] = {
         "num_attention_heads": None,
         "num_layers": None,
@@ -48,15 +50,11 @@ class PromptsType(PeftType):
 
     def key(self, name: str) -> str:
         """See `PeftType.key`."""
-        return name if name in self.own_names() else PROMPT_PREFIX + name
+        return name if name in self.names.values() else PROMPT_PREFIX + name
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PeftType.named`."""
         return {name.removeprefix(PROMPT_PREFIX): tensor for name, tensor in tensors.items()}
-
-    def own_names(self) -> tuple[str, ...]:
-        """Returns the names of the tensors that aren't a head's."""
-        return (EMBEDDINGS,)
 
     def read(
         self, model: nn.Module, config: Mapping[str, Any], heads: Sequence[str], where: str
@@ -76,6 +74,14 @@ class PromptsType(PeftType):
 
 class EmbeddedType(PromptsType):
     """A type whose virtual tokens are embeddings, in front of the text's."""
+
+    names: ClassVar[Mapping[str, str]] = {"tokens": EMBEDDINGS}
+    without_effect = (
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    )
 
     def obstacle(self, adapter: Adapter) -> str | None:
         """See `PeftType.obstacle`."""
@@ -103,7 +109,7 @@ class EmbeddedType(PromptsType):
         return {
             **sizes(model),
             "num_transformer_submodules": 1,
-            "num_virtual_tokens": len(graft.delta.prompt()),
+            "num_virtual_tokens": graft.delta.length,
             "token_dim": hosts.features(body.get_input_embeddings())[1],
         }
 
@@ -119,16 +125,33 @@ class EmbeddedType(PromptsType):
             )
         return super().read(model, config, heads, where)
 
+    def file_tensors(self, model: nn.Module, grafts: Sequence[Graft]) -> dict[str, Tensor]:
+        """See `PeftType.file_tensors`."""
+        [graft] = embedded(grafts)
+        tensors = graft.delta.named_parameters()
+        return {self.names[own]: tensor.detach() for own, tensor in tensors}
+
+    def own_tensors(
+        self, model: nn.Module, grafts: Sequence[Graft], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """See `PeftType.own_tensors`: of an encoder-decoder's, PEFT uses the first half alone."""
+        found, [graft] = dict(tensors), embedded(grafts)
+        for own, name in self.names.items():
+            tensor = found.pop(name, None)
+            if tensor is not None:
+                length = len(tensor) // 2
+                is_double = (
+                    own == "tokens"
+                    and length == graft.delta.length
+                    and len(anatomy_of(model).stacks) > 1
+                )
+                found[f"{graft.place.key}.{own}"] = tensor[:length] if is_double else tensor
+        return found
+
 
 def embedded(grafts: Sequence[Graft]) -> list[Any]:
     """Returns those of an adapter's grafts that add virtual tokens."""
     return [graft for graft in grafts if isinstance(graft.place, EmbeddingPlace)]
-
-
-def encoders_rows(model: nn.Module, rows: Tensor, length: int) -> Tensor:
-    """Returns the encoder's virtual tokens: PEFT keeps as many for a decoder, and uses none."""
-    is_double = len(anatomy_of(model).stacks) > 1 and len(rows) == 2 * length
-    return rows[:length] if is_double else rows
 
 
 def sizes(model: nn.Module) -> dict[str, Any]:

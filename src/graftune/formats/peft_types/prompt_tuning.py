@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from graftune.formats.peft_prompts import EMBEDDINGS, EmbeddedType, embedded, encoders_rows
+from graftune.formats.peft_prompts import EmbeddedType
 from graftune.methods.prompt import PromptTuning
-from graftune.sites.base import Graft
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -23,12 +20,6 @@ class _PromptTuning(EmbeddedType):
 
     name = "PROMPT_TUNING"
     method = "PromptTuning"
-    without_effect = (
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    )
 
     def settings(self, adapter: Adapter) -> dict[str, Any]:
         """See `PeftType.settings`; initial values are given, so how they were drawn isn't."""
@@ -43,21 +34,6 @@ class _PromptTuning(EmbeddedType):
             position="front",
             train_head=tuple(heads) or False,
         )
-
-    def file_tensors(self, model: nn.Module, grafts: Sequence[Graft]) -> dict[str, Tensor]:
-        """See `PeftType.file_tensors`."""
-        [graft] = embedded(grafts)
-        return {EMBEDDINGS: graft.delta.tokens.detach()}
-
-    def own_tensors(
-        self, model: nn.Module, grafts: Sequence[Graft], tensors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """See `PeftType.own_tensors`."""
-        found, [graft] = dict(tensors), embedded(grafts)
-        if EMBEDDINGS in found:
-            rows = encoders_rows(model, found.pop(EMBEDDINGS), len(graft.delta.tokens))
-            found[f"{graft.place.key}.tokens"] = rows
-        return found
 
 
 TYPE = _PromptTuning()
