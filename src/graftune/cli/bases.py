@@ -49,11 +49,8 @@ def load_base_of(folder: Path, base: str | None) -> Base:
 
 def _labels(folder: Path) -> list[str] | None:
     """Returns made-up names for the classes of a directory that keeps only their tensors."""
-    from graftune.formats.inspecting import inspect
-
-    heads = [entry for entry in inspect(folder).tensors if "lora_" not in entry.name]
-    widths = [entry.shape[0] for entry in heads if len(entry.shape) == 2]
-    return [f"LABEL_{index}" for index in range(widths[-1])] if widths else None
+    count = _label_count(folder, _read(folder / "graftune.json") or {}, {})
+    return None if count is None else [f"LABEL_{index}" for index in range(count)]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
