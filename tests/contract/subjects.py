@@ -71,11 +71,6 @@ fp32, 1e-14 in fp64."""
 
 REFUSALS: dict[tuple[str, str, str], str] = {
     **{
-        ("attach", m, f): "computes its attention itself"
-        for m in ("prefix", "ptuningv2", "llamaadapter")
-        for f in ("bloom", "deberta-v2")
-    },
-    **{
         ("attach", m, f): "takes embeddings in place of"
         for m in LONGER_ROWS
         for f in ("whisper", "vit", "swin", "clip")

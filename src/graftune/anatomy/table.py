@@ -45,6 +45,9 @@ RUN_ORDER: tuple[tuple[str, ...], ...] = (
 )
 """Names of a block's norms in the order they run, where the block registers them in another."""
 
+OWN_SOFTMAX = ("bloom", "deberta-v2")
+"""Types whose attentions ask no attention function, and compute softmax as `sites.softmax` sees."""
+
 Cell = tuple[tuple[Role, int], ...]
 """Roles with their relative sizes, in the order in which a fused module repeats them."""
 Layout = tuple[int, Cell]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graftune.anatomy import Anatomy, Block, Projection, Span
+from graftune.anatomy import Anatomy, Block, Projection, Span, table
 from graftune.anatomy.fused import Settings
 from graftune.anatomy.layers import pick_layers
 from graftune.anatomy.modules import parent
@@ -68,23 +68,19 @@ def attentions_of(
             if span.kind in kinds:
                 found = True
                 group = f"prefix_{stacks[block.path]}_{span.kind.replace('-', '_')}"
-                yield _attention(method, model, span, group)
+                yield _attention(method, model, span, group, anatomy.model_type)
     if not found:
         raise SettingsError(
             f"{method}: no block of this {type(model).__name__} has {' or '.join(kinds)}."
         )
 
 
-def _attention(method: str, model: nn.Module, span: Span, group: str) -> Attention:
+def _attention(method: str, model: nn.Module, span: Span, group: str, model_type: str) -> Attention:
     query, key, value = (_one(method, span, role) for role in ("query", "key", "value"))
     path = parent(query.module)
     host: Any = model.get_submodule(path)
-    if not asks_the_registry(host) or not hasattr(host, "config"):
-        raise SettingsError(
-            f"{method}: {path} ({type(host).__name__}) computes its attention itself, without "
-            "transformers' attention functions, so no keys and values can be put before its own."
-        )
-    check_implementation(base_name(host.config))
+    if model_type not in table.OWN_SOFTMAX:
+        _check_asks(method, path, host)
     width, keys, values = (_width(model, part) for part in (query, key, value))
     size = Settings(host)("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
     return Attention(
@@ -97,6 +93,15 @@ def _attention(method: str, model: nn.Module, span: Span, group: str) -> Attenti
         span.inner_norms,
         hosts.delta_options(model.get_submodule(query.module)),
     )
+
+
+def _check_asks(method: str, path: str, host: Any) -> None:
+    if not asks_the_registry(host) or not hasattr(host, "config"):
+        raise SettingsError(
+            f"{method}: {path} ({type(host).__name__}) computes its attention itself, without "
+            "transformers' attention functions, so no keys and values can be put before its own."
+        )
+    check_implementation(base_name(host.config))
 
 
 def _one(method: str, span: Span, role: str) -> Projection:

@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,16 @@ class Call:
             self.module, self.query, self.key, self.value, self.mask, **self.options
         )
 
+    def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, Tensor | None]:
+        """Returns output and weights with some deltas together; weights of the own keys alone."""
+        heads, width = self.key.shape[1], self.key.shape[2]
+        prefixes = [pair for delta in deltas if (pair := delta.prefix(heads)) is not None]
+        output, weights = (self.after(prefixes) if prefixes else self).run()
+        for delta in deltas:
+            more = delta.added(self.query, self.module, self.options.get("scaling"))
+            output = output if more is None else output + more
+        return output, weights if weights is None else weights[..., -width:]
+
     def rows(self, at: RowsAt) -> Call:
         """Returns the call for some rows of the batch."""
         batch = self.query.shape[0]
@@ -73,7 +83,7 @@ class Call:
             prefixes: keys and values, each `(length, kv heads * D)`; the last comes first.
         """
         keys, values = (
-            [self._by_head(pair[at], own) for pair in reversed(prefixes)]
+            [by_head(pair[at], own) for pair in reversed(prefixes)]
             for at, own in ((0, self.key), (1, self.value))
         )
         length = sum(key.shape[2] for key in keys)
@@ -87,10 +97,6 @@ class Call:
             mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
         key, value = torch.cat([*keys, ready.key], 2), torch.cat([*values, ready.value], 2)
         return replace(ready, key=key, value=value, mask=mask, options=options)
-
-    def _by_head(self, prefix: Tensor, own: Tensor) -> Tensor:
-        heads = prefix.to(own.dtype).view(len(prefix), own.shape[1], own.shape[3]).transpose(0, 1)
-        return heads.expand(own.shape[0], *heads.shape)  # (B, kv heads, length, D)
 
     def _with_mask(self) -> Call:
         """Returns the call with a mask, if it relies on a function that masks by itself."""
@@ -110,6 +116,33 @@ class Call:
             mask=mask[None, None],
             options=options,
         )
+
+
+def by_head(prefix: Tensor, own: Tensor) -> Tensor:
+    """Returns keys or values, `(length, heads * D)`, in the form of the attention's own."""
+    heads = prefix.to(own.dtype).view(len(prefix), own.shape[1], own.shape[3]).transpose(0, 1)
+    return heads.expand(own.shape[0], *heads.shape)  # (B, heads, length, D)
+
+
+class Answers(Protocol):
+    """What an attention answers in one pass, with deltas or without."""
+
+    @property
+    def query(self) -> Tensor:
+        """`(B, H, q, D)`."""
+        ...
+
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the answer of the model alone."""
+        ...
+
+    def rows(self, at: RowsAt) -> Answers:
+        """Returns the same of some rows of the batch."""
+        ...
+
+    def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, Tensor | None]:
+        """Returns the answer of some deltas together."""
+        ...
 
 
 class AttentionSite(Site):
@@ -145,7 +178,7 @@ class AttentionSite(Site):
         for name in KNOWN:
             registered(name)
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: Answers) -> tuple[Tensor, Tensor | None]:
         """Returns what the attention answers with the active deltas in it."""
         active = self.active
         plan = active.current() if active.overridden else active.plan
@@ -159,7 +192,7 @@ class AttentionSite(Site):
         return joined(parts), None
 
     def _changed(
-        self, steps: Steps, call: Call, before: tuple[AttentionDelta, ...] = ()
+        self, steps: Steps, call: Answers, before: tuple[AttentionDelta, ...] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the answer of the deltas before and those of some steps together."""
         for at, step in enumerate(steps):
@@ -169,10 +202,10 @@ class AttentionSite(Site):
             if delta is not None:
                 assert isinstance(delta, AttentionDelta)
                 before = (*before, delta)
-        return _together(before, call)
+        return call.answer(before)
 
     def _mean(
-        self, mean: Mean, rest: Steps, call: Call, before: tuple[AttentionDelta, ...]
+        self, mean: Mean, rest: Steps, call: Answers, before: tuple[AttentionDelta, ...]
     ) -> Tensor:
         if not self.holds((mean,)):
             return self._changed(rest, call, before)[0]
@@ -184,16 +217,6 @@ class AttentionSite(Site):
         if abs(left) > 1e-9:
             parts.append(left * self._changed(rest, call, before)[0])
         return torch.stack(parts).sum(0)
-
-
-def _together(deltas: Sequence[AttentionDelta], call: Call) -> tuple[Tensor, Tensor | None]:
-    prefixes = [pair for delta in deltas if (pair := delta.prefix(call.key.shape[1])) is not None]
-    output, weights = (call.after(prefixes) if prefixes else call).run()
-    for delta in deltas:
-        more = delta.added(call.query, call.module, call.options.get("scaling"))
-        output = output if more is None else output + more
-    width = call.key.shape[2]
-    return output, weights if weights is None else weights[..., -width:]
 
 
 class Attend:

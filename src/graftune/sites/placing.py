@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
-from graftune.sites.attention import AttentionSite
+from graftune.sites.attention import AttentionSite, asks_the_registry
 from graftune.sites.base import (
     AttentionPlace,
     Delta,
@@ -25,6 +25,7 @@ from graftune.sites.embedding import EmbeddingSite
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.plan import ALWAYS
+from graftune.sites.softmax import SoftmaxSite
 from graftune.sites.state import Active
 from graftune.sites.sublayer import SublayerSite
 
@@ -137,7 +138,8 @@ def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
     if isinstance(place, SublayerPlace):
         return SublayerSite(active, layer)
     if isinstance(place, AttentionPlace):
-        return AttentionSite(active, layer)
+        kind = AttentionSite if asks_the_registry(host) else SoftmaxSite
+        return kind(active, layer)
     if isinstance(place, EmbeddingPlace):
         return EmbeddingSite(active)
     assert isinstance(place, LinearPlace)

@@ -1,0 +1,204 @@
+"""The attention site of models that compute their softmax themselves: BLOOM and DeBERTa-v2.
+
+    weights = softmax [ s q P_k' ; scores ]       the prefix's columns are split off again
+    output = weights V + (those of P) P_v + ...   where the weights meet the values
+
+The attention gets some of its arguments as tensors that show a `Pass` what is made of them: its
+query, its scores, its values. They last as long as the call; nothing else is changed, in no other
+thread and no other model. It is slower than a function of one's own, and as exact.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftune.errors import AdapterError
+from graftune.sites.attention import AttentionSite, by_head
+from graftune.sites.base import AttentionDelta, Site
+from graftune.sites.plan import RowsAt, taken
+
+WATCHED = ("alibi", "attention_mask", "query_states")
+"""Arguments from which query and scores come; query states are the hidden states if not given."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One softmax of an attention.
+
+    Its answer is the weights of the model's own keys, which the model goes on with, beside what is
+    added once they have met the values: `(B, q, H, k + D)`.
+    """
+
+    module: nn.Module
+    query: Tensor  # (B, H, q, D)
+    scores: Tensor  # (B, H, q, k)
+    softmax: Callable[[Tensor], Tensor]
+    scaling: float
+
+    def run(self) -> tuple[Tensor, None]:
+        """Returns the answer without deltas."""
+        return self.answer(())
+
+    def rows(self, at: RowsAt) -> Scores:
+        """Returns that of some rows of the batch."""
+        return replace(self, query=taken(self.query, at), scores=taken(self.scores, at))
+
+    def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, None]:
+        """Returns the answer of some deltas together."""
+        heads = self.query.shape[1]
+        found = [pair for delta in reversed(deltas) if (pair := delta.prefix(heads)) is not None]
+        weights, added = self.softmax(self.scores), torch.zeros_like(self.query)
+        if found:
+            key, value = (
+                torch.cat([by_head(pair[at], self.query) for pair in found], 2) for at in (0, 1)
+            )
+            own = (self.query @ key.transpose(2, 3) * self.scaling).to(self.scores.dtype)
+            both = self.softmax(torch.cat([own, self.scores], -1))
+            part, weights = both.split([key.shape[2], self.scores.shape[3]], -1)
+            part = F.dropout(part, _dropout(self.module), self.module.training)
+            added = part.to(value.dtype) @ value
+        added = added.transpose(1, 2)
+        for delta in deltas:
+            more = delta.added(self.query, self.module, self.scaling)
+            added = added if more is None else added + more
+        return torch.cat([weights.transpose(1, 2), added], -1), None
+
+
+class Pass:
+    """One call of an attention, as its watched tensors show it."""
+
+    def __init__(self, site: SoftmaxSite, host: nn.Module) -> None:
+        self.site, self.host = site, host
+        self.query: Tensor | None = None  # (B * H, q, D)
+        self.scaling: float | None = None
+        self.added: Tensor | None = None  # (B * H, q, D)
+
+    def see(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Returns what a function answers, with deltas in softmax and weighted values."""
+        name = getattr(function, "__name__", "")
+        if name == "softmax":
+            return self._softmax(lambda x: function(x, *args[1:], **kwargs), _plain(args[0]))
+        made = function(*args, **kwargs)
+        if name == "baddbmm" and self.query is None:
+            self.query, self.scaling = _plain(kwargs["batch1"]), kwargs["alpha"]
+        if name == "bmm" and self.query is None:
+            self.query = _plain(args[0])
+        if name == "bmm" and self.added is not None:
+            return made + self.added
+        return watched(made, self)
+
+    def _softmax(self, function: Callable[[Tensor], Tensor], scores: Tensor) -> Any:
+        if self.query is None:
+            raise AdapterError(
+                f"The queries of {type(self.host).__name__} weren't seen, so no adapter can act in "
+                "its attention: is its code another than that of transformers?"
+            )
+        batch, heads, length, width = scores.shape
+        query = self.query.view(batch, heads, length, -1)
+        scaling = self.scaling or _scaling(self.host, query.shape[3])
+        packed, _ = self.site.attend(Scores(self.host, query, scores, function, scaling))
+        weights, added = packed.transpose(1, 2).split([width, query.shape[3]], -1)
+        self.added = added.reshape(self.query.shape).to(query.dtype)
+        return watched(weights.contiguous(), self)
+
+
+class Watched(Tensor):
+    """A tensor of which a `Pass` sees the functions, and of what they make those too."""
+
+    seen_by: Pass
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Shows the function to the pass of the first watched argument."""
+        found = next(_watched_in((*args, *(kwargs or {}).values())))
+        with torch._C.DisableTorchFunctionSubclass():
+            return found.seen_by.see(func, args, kwargs or {})
+
+
+def watched(value: Any, by: Pass) -> Any:
+    """Returns a tensor, or those in a list, as watched; anything else as it is."""
+    if isinstance(value, Tensor):
+        made = value.as_subclass(Watched)
+        made.seen_by = by
+        return made
+    return type(value)(watched(v, by) for v in value) if type(value) in (list, tuple) else value
+
+
+def _watched_in(values: Sequence[Any]) -> Iterator[Watched]:
+    for value in values:
+        if isinstance(value, Watched):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _watched_in(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, Watched) else value
+
+
+class SoftmaxSite(AttentionSite):
+    """Deltas on an attention that computes its softmax itself."""
+
+    arguments: tuple[str, ...] = ()
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers `before` and `after`."""
+        self.arguments = tuple(inspect.signature(host.forward).parameters)
+        self.handles = [
+            host.register_forward_pre_hook(self.before, with_kwargs=True),
+            host.register_forward_hook(self.after),
+        ]
+
+    def unhook(self, host: nn.Module) -> None:
+        """See `Site.unhook`."""
+        Site.unhook(self, host)
+
+    def ready(self, host: nn.Module, args: Any) -> None:
+        """Does nothing: the config of such models names no function."""
+
+    def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Lets a pass see what the attention makes of its arguments. A forward pre-hook."""
+        plan = self.active.current()
+        acts = any(self.holds(steps) for steps, _ in plan.groups or ((plan.steps, ()),))
+        if plan.drop > self.layer or not acts:
+            return None
+        if torch.compiler.is_compiling():
+            torch.compiler.disable(_refuse)(host)
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        if "query_states" in self.arguments and given.get("query_states") is None:
+            given["query_states"] = given["hidden_states"]
+        seen_by = Pass(self, host)
+        shown = {name: watched(given[name], seen_by) for name in WATCHED if name in given}
+        return (), {**given, **shown}
+
+    def after(self, host: nn.Module, args: Any, output: Any) -> Any:
+        """Returns the attention's answer in plain tensors. A forward hook."""
+        return tuple(map(_plain, output)) if isinstance(output, tuple) else _plain(output)
+
+
+def _refuse(host: nn.Module) -> None:
+    raise AdapterError(
+        f"What acts in the attention of a {type(host).__name__} can't be compiled: run the model "
+        "without torch.compile, or gt.activate(model, None)."
+    )
+
+
+def _scaling(host: Any, size: int) -> float:
+    """Returns what DeBERTa multiplies scores by: the parts of a score share the root."""
+    kinds = getattr(host, "pos_att_type", ())
+    return (size * (1 + sum(kind in kinds for kind in ("c2p", "p2c")))) ** -0.5
+
+
+def _dropout(host: nn.Module) -> float:
+    """Returns the chance with which the model drops weights in training."""
+    found = (host._modules.get(name) for name in ("attention_dropout", "dropout"))
+    return next((float(m.p) for m in found if isinstance(m, nn.Dropout)), 0.0)
