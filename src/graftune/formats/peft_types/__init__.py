@@ -46,7 +46,7 @@ def reader(name: str, where: str) -> PeftType:
 def writer(adapter: Adapter) -> PeftType | None:
     """Returns what writes an adapter so that PEFT loads it; None where PEFT can't compute it."""
     for kind in _types().values():
-        if kind.method == adapter.method.name:
+        if adapter.method.name in (kind.method, *kind.also):
             return None if obstacle(adapter) else kind
     return None
 
@@ -56,6 +56,6 @@ def obstacle(adapter: Adapter) -> str:
     if any(isinstance(part, Gate) for graft in adapter.grafts for part in graft.delta.children()):
         return "HF PEFT has no gates"
     for kind in _types().values():
-        if kind.method == adapter.method.name:
+        if adapter.method.name in (kind.method, *kind.also):
             return kind.obstacle(adapter) or ""
     return f"HF PEFT has no {adapter.method.name}"

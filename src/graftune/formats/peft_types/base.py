@@ -46,6 +46,8 @@ class PeftType:
     """PEFT's `peft_type`."""
     method: ClassVar[str]
     """The name of our method."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Names of others of ours that compute the same."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that are followed, with what a config that lacks one means by it."""
     without_effect: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +74,10 @@ class PeftType:
             heads: the modules that it saves whole.
         """
         raise NotImplementedError
+
+    def kept(self, method: Method) -> Method:
+        """Returns a method that plans what the file holds, where it isn't all that was trained."""
+        return method
 
     def file_tensors(self, model: nn.Module, grafts: Sequence[Graft]) -> dict[str, Tensor]:
         """Returns the tensors of an adapter's own deltas under PEFT's names, heads left out."""
@@ -163,7 +169,7 @@ class PeftType:
         named = self.named(tensors)
 
         def plan(parts: Anatomy) -> Planned:
-            grafts = method.plan(model, parts, empty=True)
+            grafts = self.kept(method).plan(model, parts, empty=True)
             grafts += adapters.head_grafts(model, heads, grafts, empty=True)
             given = self.own_tensors(model, grafts, named)
             fill(grafts, _without_repeats(model, given, grafts, saved), where, found)
