@@ -178,6 +178,21 @@ def test_a_bare_encoders_states_are_carried_both_ways(tmp_path: Path) -> None:
     assert torch.equal(encoders_answer(again, "electra"), encoders_answer(model, "electra"))
 
 
+def test_a_bare_encoders_pooled_answer_is_that_of_a_virtual_token_in_peft(tmp_path: Path) -> None:
+    given = config("bert", task_type="FEATURE_EXTRACTION")
+    wrapped = peft.get_peft_model(encoder("bert", "Model"), given)
+    wrapped.save_pretrained(tmp_path / "a")
+    model = encoder("bert", "Model")
+    gt.load(model, tmp_path / "a")
+    inputs = FAMILIES["bert"].inputs()
+    with torch.no_grad():
+        ours, theirs = model(**inputs), wrapped.eval()(**inputs)
+        states = theirs.last_hidden_state
+        assert torch.allclose(ours.last_hidden_state, states[:, 4:], atol=1e-6)
+        assert torch.allclose(theirs.pooler_output, model.pooler(states), atol=1e-6)
+        assert torch.allclose(ours.pooler_output, model.pooler(states[:, 4:]), atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoders_classifier_reads_a_virtual_token_in_peft_and_is_refused(
     family: str, tmp_path: Path
