@@ -90,6 +90,20 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         )
         for name, method in (("PrefixTuning", gt.PrefixTuning), ("PTuningV2", gt.PTuningV2))
     },
+    "MAM": lambda: st.builds(
+        gt.MAM,
+        length=st.integers(1, 99),
+        hidden=st.none() | st.integers(1, 512),
+        bottleneck=st.none() | st.integers(1, 512),
+        scale=st.floats(-4, 4) | st.just("learned"),
+        layers=layers,
+        train_head=heads,
+    ),
+    "Union": lambda: st.builds(
+        gt.Union,
+        methods=st.just((gt.LoRA(r=2), gt.BitFit())) | st.just(({"name": "ia3", "layers": [1]},)),
+        train_head=heads,
+    ),
     "PromptTuning": lambda: st.builds(gt.PromptTuning, length=st.integers(1, 99), train_head=heads),
     "AdapterFusion": lambda: st.builds(
         gt.AdapterFusion,

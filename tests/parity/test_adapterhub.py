@@ -39,13 +39,13 @@ GATED = "gated LoRA, (IA)3 and prefixes are refused"
 SHIFTED = (
     "AdapterHub shifts T5's relative positions of real keys by the prefix's length; ours doesn't"
 )
-PREFIXES = ("prefix_tuning", "prefix_tuning_flat", "stack_prefix", "parallel_prefix")
+PREFIXES = ("prefix_tuning", "prefix_tuning_flat", "stack_prefix", "parallel_prefix", "mam")
 OVER_N_TWICE = "AdapterHub's bug: Average divides by the number of members twice, h included"
 CHAIN = "AdapterHub's Stack of LoRAs is a chain, the second reading the first's change; ours adds"
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("prompt_tuning", "prompt_tuning_after_bos", "mam", "unipelt"),
+            *("prompt_tuning", "prompt_tuning_after_bos", "unipelt"),
             *("loreft", "noreft", "direft_tied"),
         ),
         NO_METHOD,
@@ -58,7 +58,7 @@ LEFT_OUT: dict[str, str] = {
     "flex_head": "has a test of its own",
 }
 """Cases that aren't compared, of one architecture or of all, and why."""
-REWRITTEN = ("vera", "prefix_tuning", "stack_prefix", "parallel_prefix")
+REWRITTEN = ("vera", "prefix_tuning", "stack_prefix", "parallel_prefix", "mam")
 """Cases whose tensors become others when read: VeRA a LoRA, an MLP the prefix that it makes."""
 
 

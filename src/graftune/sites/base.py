@@ -192,11 +192,13 @@ class EmbeddingDelta(Delta):
     Attributes:
         length: how many there are.
         is_after_first: whether they follow the first real token; else they come before it.
+        marker: the token in whose places they are instead, in order; the text holds it as often.
         tasks: how many tasks it has virtual tokens for, each its own; 0 where all rows are alike.
     """
 
     length: int
     is_after_first: bool = False
+    marker: int | None = None
     tasks: int = 0
 
     def prompt(self, tasks: Tensor | None = None) -> Tensor:
@@ -333,6 +335,8 @@ class Graft:
 
     place: Place
     delta: Delta
+    part: int = 0
+    """Number of the method that it is of, in an adapter made of several."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (absolute name, tensor) of parameters and kept buffers.

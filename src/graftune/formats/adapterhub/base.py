@@ -47,6 +47,8 @@ class Kind:
 
     name: ClassVar[str]
     """What messages call it."""
+    holder: ClassVar[str] = "adapters"
+    """What its tensors hang below, by which a union's are told apart."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that are followed, with what a file that lacks one means by it."""
     in_every_block: ClassVar[bool] = True

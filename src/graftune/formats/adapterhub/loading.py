@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -15,12 +12,13 @@ from graftune import adapter as adapters
 from graftune.adapter import Planned
 from graftune.attached import anatomy_of
 from graftune.errors import BaseMismatchError, FormatError
-from graftune.formats import adapterhub, directory
+from graftune.formats import directory
 from graftune.formats.adapterhub import folder as folders
 from graftune.formats.adapterhub import heads as head_files
 from graftune.formats.adapterhub import names
-from graftune.formats.adapterhub.base import Kind, Reading
+from graftune.formats.adapterhub.base import Reading
 from graftune.formats.adapterhub.folder import Folder
+from graftune.formats.adapterhub.kinds import kind_of
 from graftune.formats.directory import Directory
 from graftune.formats.tensors import read_tensors
 
@@ -99,31 +97,6 @@ def load(model: nn.Module, saved: Saved, name: str, choices: Choices) -> Adapter
     method, grafts = kind.planned(reading, head.modules)
     planned = Planned(method, grafts + head.grafts(model), head.modules)
     return adapters.attach_planned(model, method, name, lambda _: planned)
-
-
-def kind_of(settings: Mapping[str, Any], where: str, wrote: str) -> Kind:
-    """Returns what reads some settings.
-
-    Raises:
-        FormatError: nothing does; the message lists what is read.
-    """
-    for kind in kinds():
-        if kind.reads(settings):
-            return kind
-    raise FormatError(
-        f'{where} is of kind "{settings.get("architecture")}", written by {wrote}; of its kinds '
-        f"this version reads {', '.join(kind.name for kind in kinds())}."
-    )
-
-
-@cache
-def kinds() -> tuple[Kind, ...]:
-    """Returns what reads one kind of settings each."""
-    found = [
-        importlib.import_module(f"{adapterhub.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(adapterhub.__path__)
-    ]
-    return tuple(module.KIND for module in found if hasattr(module, "KIND"))
 
 
 def _tensors(part: Directory, where: str, allow_pickle: bool) -> dict[str, Tensor]:

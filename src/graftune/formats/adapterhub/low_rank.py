@@ -57,6 +57,7 @@ class Linear:
 class LowRankKind(Kind):
     """See the module."""
 
+    holder = "loras"
     defaults = {  # noqa: RUF012
         "alpha": 8,
         "attn_matrices": ["q", "v"],

@@ -45,6 +45,7 @@ class Prefix(Kind):
     """See the module."""
 
     name = "prefix tuning"
+    holder = "prefix_tuning"
     in_every_block = False
     defaults = {  # noqa: RUF012
         "bottleneck_size": 512,

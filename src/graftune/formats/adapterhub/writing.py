@@ -28,6 +28,7 @@ from graftune.formats.atomic import replacing
 from graftune.formats.base import base_name
 from graftune.formats.directory import CONFIG
 from graftune.formats.tensors import listed, write_tensors
+from graftune.methods._hybrid import Hybrid
 from graftune.sites.parameter import OwnValue
 
 if TYPE_CHECKING:
@@ -76,13 +77,21 @@ def content(adapter: Adapter) -> Content:
                 f"{', '.join(paths.KNOWN)}."
             )
         _check_values(adapter)
-        for part in (bottleneck_writing, low_rank_writing, prefix_writing):
-            found = part.content(adapter)
-            if found is not None:
-                return found
-        raise FormatError(f"{adapter.method.name} can't be written so.")
+        return _content(adapter)
     except FormatError as error:
         raise FormatError(f'Adapter "{adapter.name}" in AdapterHub\'s form: {error}') from None
+
+
+def _content(adapter: Adapter) -> Content:
+    if isinstance(adapter.method, Hybrid):
+        parts = [_content(share) for share in adapter.method.alone(adapter)]
+        tensors = {name: tensor for _, own in parts for name, tensor in own.items()}
+        return {"architecture": "union", "configs": [settings for settings, _ in parts]}, tensors
+    for part in (bottleneck_writing, low_rank_writing, prefix_writing):
+        found = part.content(adapter)
+        if found is not None:
+            return found
+    raise FormatError(f"{adapter.method.name} can't be written so.")
 
 
 def _check_values(adapter: Adapter) -> None:
