@@ -28,6 +28,8 @@ class Attention:
     key: int
     """Width of its keys, over all heads."""
     value: int
+    width: int
+    """Features of what it is given."""
     heads: int
     """Of queries."""
     maps: tuple[Projection, Projection]
@@ -88,6 +90,7 @@ def _attention(method: str, model: nn.Module, span: Span, group: str, model_type
         group,
         keys,
         values,
+        hosts.features(model.get_submodule(query.module))[0],
         width // size if size else 1,
         (key, value),
         span.inner_norms,

@@ -29,16 +29,16 @@ GATES = ("auto", "mean", "mean-padded", "token")
 
 
 class Gate(nn.Module):
-    """G of one delta. Shapes: weight (1, d), bias (1)."""
+    """G of one delta. Shapes: weight (1, d), bias (1); of two gates in one (2, d), (2)."""
 
     weight: nn.Parameter
     bias: nn.Parameter
 
-    def __init__(self, kind: str, stack: str, width: int, options: Any) -> None:
+    def __init__(self, kind: str, stack: str, width: int, options: Any, gates: int = 1) -> None:
         super().__init__()
         self.kind, self.stack = kind, stack
-        self.weight = nn.Parameter(torch.empty(1, width, **options))
-        self.bias = nn.Parameter(torch.empty(1, **options))
+        self.weight = nn.Parameter(torch.empty(gates, width, **options))
+        self.bias = nn.Parameter(torch.empty(gates, **options))
 
     def start(self) -> None:
         """Sets initial values."""
@@ -46,7 +46,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns G for x, `(rows, tokens, d)`: `(rows, tokens, 1)`, or `(rows, 1, 1)` of a mean.
+        """Returns G for x, `(rows, tokens, d)`: `(rows, tokens, gates)`; of a mean for 1 token.
 
         Raises:
             AdapterError: the model has put rows and tokens into one dimension, where a mean of each
@@ -84,7 +84,8 @@ def add_gates(kind: str, grafts: Iterable[Graft], anatomy: Anatomy, empty: bool)
         own = ("token" if stack == "decoder" else "mean") if kind == "auto" else kind
         first = next(delta.parameters())
         width: Any = delta.gate_width
-        gate = Gate(own, stack, width, {"device": first.device, "dtype": first.dtype})
+        options = {"device": first.device, "dtype": first.dtype}
+        gate = Gate(own, stack, width, options, getattr(delta, "gates_in_one", 1))
         if not empty:
             gate.start()
         delta.add_module("gate", gate)

@@ -14,10 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftune.methods._gate import Gate
 from graftune.sites.base import AttentionDelta
 
 
-class PrefixValues(AttentionDelta):
+class Gateable(AttentionDelta):
+    """A prefix that may have a gate, or one for keys and one for values; see `Gate`."""
+
+    gate_width: int
+    """Features of what the attention is given."""
+    gates_in_one: int = 1
+
+    def gates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionDelta.gates`."""
+        found = cast(Gate, self.gate)(hidden)
+        return found[..., :1], found[..., -1:]
+
+
+class PrefixValues(Gateable):
     """P_k and P_v themselves. Shapes: key (m, kv), value (m, kv)."""
 
     key: nn.Parameter
@@ -72,7 +86,7 @@ class Mlp(nn.Module):
         return F.linear(inner, self.W2[start:stop], self.c2[start:stop])
 
 
-class PrefixFromMlp(AttentionDelta):
+class PrefixFromMlp(Gateable):
     """A prefix that an MLP makes, which all attentions of a group share."""
 
     common: nn.Module
@@ -99,4 +113,8 @@ class PrefixFromMlp(AttentionDelta):
     def values(self) -> PrefixValues:
         """Returns the prefix itself, without the MLP."""
         key, value = self._made().split(self.widths, dim=-1)
-        return PrefixValues(key.clone(), value.clone(), self.p)
+        made = PrefixValues(key.clone(), value.clone(), self.p)
+        if self.reads_input:
+            made.add_module("gate", self._modules["gate"])
+            made.reads_input, made.needs_masks = True, self.needs_masks
+        return made

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from graftune.anatomy import Anatomy
 from graftune.errors import SettingsError
 from graftune.methods._attentions import Attention, attentions
-from graftune.methods._prefix import Mlp, PrefixFromMlp, PrefixValues
+from graftune.methods._gate import GATES, add_gates
+from graftune.methods._prefix import Gateable, Mlp, PrefixFromMlp, PrefixValues
 from graftune.methods.base import Method, register
 from graftune.sites.base import Delta, Graft
 from graftune.sites.placing import replace_deltas
@@ -49,6 +50,10 @@ class PrefixTuning(Method):
     """Attentions that get one: "attention", "cross-attention"."""
     dropout: float = 0.0
     """Chance that an entry of the prefix is dropped in training."""
+    gate: str | None = None
+    """Multiply the prefix by a gate: "token", "mean", "mean-padded" or "auto"; see `_gate`."""
+    shared_gate: bool = True
+    """Have one gate for keys and values; else one for each."""
     layers: int | str | tuple[int, ...] | None = None
     """Blocks that get one: an index, a list, or a slice such as "6:"; None for all."""
 
@@ -58,6 +63,8 @@ class PrefixTuning(Method):
         if self.hidden is not None:
             self._check_number("hidden", 1)
         self._check_number("dropout", 0, 1, open_high=True)
+        if self.gate is not None:
+            self._check_choice("gate", GATES)
         unknown = [kind for kind in self.sublayers if kind not in KINDS]
         if unknown or not self.sublayers or len(set(self.sublayers)) < len(self.sublayers):
             raise SettingsError(
@@ -73,8 +80,10 @@ class PrefixTuning(Method):
         """
         found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
         if self.hidden is None:
-            return [Graft(one.place, self._values(one, empty)) for one in found]
-        return self._made(found, anatomy.blocks[0].width, self.hidden, empty)
+            grafts = [Graft(one.place, self._values(one, empty)) for one in found]
+        else:
+            grafts = self._made(found, anatomy.blocks[0].width, self.hidden, empty)
+        return self._gated(grafts, found, anatomy, empty)
 
     def plan_saved(
         self, model: nn.Module, anatomy: Anatomy, tensors: Mapping[str, Tensor]
@@ -82,17 +91,19 @@ class PrefixTuning(Method):
         """See `Method.plan_saved`: once finished, a file holds the prefixes alone."""
         found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
         if any(f"{one.place.key}.key" in tensors for one in found):
-            return [Graft(one.place, self._values(one, True)) for one in found]
+            grafts = [Graft(one.place, self._values(one, True)) for one in found]
+            return self._gated(grafts, found, anatomy, True)
         return self.plan(model, anatomy, empty=True)
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: the prefixes, or what makes them."""
         found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
         out = sum(one.key + one.value for one in found)
+        gates = sum(one.width + 1 for one in found) * (0 if self.gate is None else self._gates)
         if self.hidden is None:
-            return self.length * out
+            return self.length * out + gates
         groups, d = len({one.group for one in found}), anatomy.blocks[0].width
-        return groups * (self.length * d + self.hidden * (d + 1)) + (self.hidden + 1) * out
+        return groups * (self.length * d + self.hidden * (d + 1)) + (self.hidden + 1) * out + gates
 
     def finish(self, adapter: Any) -> None:
         """See `Method.finish`: keeps the prefixes and drops the MLP; the answers stay the same."""
@@ -105,6 +116,22 @@ class PrefixTuning(Method):
             new.requires_grad_(next(old.parameters()).requires_grad)
         if last:
             replace_deltas(adapter.model, adapter.grafts, last)
+
+    @property
+    def _gates(self) -> int:
+        return 1 if self.shared_gate else 2
+
+    def _gated(
+        self, grafts: list[Graft], found: list[Attention], anatomy: Anatomy, empty: bool
+    ) -> list[Graft]:
+        """Returns the grafts with gates, if there are some."""
+        if self.gate is not None:
+            for graft, one in zip(grafts, found, strict=True):
+                assert isinstance(graft.delta, Gateable)
+                graft.delta.gate_width, graft.delta.gates_in_one = one.width, self._gates
+                graft.delta.reads_input = True
+            add_gates(self.gate, grafts, anatomy, empty)
+        return grafts
 
     def _values(self, one: Attention, empty: bool) -> PrefixValues:
         made = [torch.empty(self.length, width, **one.options) for width in (one.key, one.value)]

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 
 from graftune.composition import Fused, Mean, Steps
 from graftune.errors import AdapterError
-from graftune.sites.base import AttentionDelta, Site
+from graftune.sites import flex, masks
+from graftune.sites.base import AttentionDelta, Graft, Site
+from graftune.sites.kept import Kept, first, thread_id
 from graftune.sites.plan import RowsAt, joined, taken
+from graftune.sites.prefixes import Prefix, by_head, narrowed, prefixes, widened
 
 OURS = "graftune_"
-KNOWN = ("sdpa", "eager")
+KNOWN = ("sdpa", "eager", "flex_attention")
 """Attention functions that a prefix can be put before."""
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -40,8 +43,9 @@ class Call:
     query: Tensor  # (B, H, q, D)
     key: Tensor  # (B, kv heads, k, D)
     value: Tensor
-    mask: Tensor | None  # (1 or B, 1 or H, q, k), True or 0 where visible
+    mask: Any  # (1 or B, 1 or H, q, k), True or 0 where visible; a BlockMask; or None
     options: dict[str, Any]
+    hidden: Tensor | None = None  # (B, q, width), what the module was given, where a delta reads it
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Returns the output, `(B, q, H, D)`, and the weights where the function gives them."""
@@ -51,9 +55,14 @@ class Call:
 
     def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, Tensor | None]:
         """Returns output and weights with some deltas together; weights of the own keys alone."""
-        heads, width = self.key.shape[1], self.key.shape[2]
-        prefixes = [pair for delta in deltas if (pair := delta.prefix(heads)) is not None]
-        output, weights = (self.after(prefixes) if prefixes else self).run()
+        width = self.key.shape[2]
+        found = prefixes(deltas, self.key.shape[1], self.hidden)
+        call = self.after(found) if found else self
+        if any(prefix.by_token is not None for prefix in found):
+            output, weights = call.widened(found).run()
+            output = narrowed(output, self.value.shape[3], found)
+        else:
+            output, weights = call.run()
         for delta in deltas:
             more = delta.added(self.query, self.module, self.options.get("scaling"))
             output = output if more is None else output + more
@@ -72,20 +81,15 @@ class Call:
             query=taken(self.query, at),
             key=taken(self.key, at),
             value=taken(self.value, at),
-            mask=cut(self.mask),
+            mask=flex.of_rows(self.mask, at) if flex.is_block_mask(self.mask) else cut(self.mask),
+            hidden=None if self.hidden is None else taken(self.hidden, at),
             options={name: cut(value) for name, value in self.options.items()},
         )
 
-    def after(self, prefixes: Sequence[tuple[Tensor, Tensor]]) -> Call:
-        """Returns the call with keys and values put before its own.
-
-        Args:
-            prefixes: keys and values, each `(length, kv heads * D)`; the last comes first.
-        """
-        keys, values = (
-            [by_head(pair[at], own) for pair in reversed(prefixes)]
-            for at, own in ((0, self.key), (1, self.value))
-        )
+    def after(self, found: Sequence[Prefix]) -> Call:
+        """Returns the call with prefixes put before its own keys and values."""
+        keys = [by_head(prefix.key, self.key) for prefix in found]
+        values = [by_head(prefix.value, self.value) for prefix in found]
         length = sum(key.shape[2] for key in keys)
         ready = self._with_mask()
         options = dict(ready.options)
@@ -93,10 +97,20 @@ class Call:
         if bias is not None:
             options["position_bias"] = F.pad(bias, (length, 0))
         mask = ready.mask
-        if mask is not None:
+        if flex.is_block_mask(mask):
+            mask = flex.longer(mask, length)
+        elif mask is not None:
             mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
         key, value = torch.cat([*keys, ready.key], 2), torch.cat([*values, ready.value], 2)
         return replace(ready, key=key, value=value, mask=mask, options=options)
+
+    def widened(self, found: Sequence[Prefix]) -> Call:
+        """Returns the call on wider heads, in which gates of tokens act; see `prefixes`."""
+        query, key, value = widened(self.query, self.key, self.value, found)
+        options = dict(self.options)
+        if options.get("scaling") is None:
+            options["scaling"] = self.query.shape[3] ** -0.5
+        return replace(self, query=query, key=key, value=value, options=options)
 
     def _with_mask(self) -> Call:
         """Returns the call with a mask, if it relies on a function that masks by itself."""
@@ -116,12 +130,6 @@ class Call:
             mask=mask[None, None],
             options=options,
         )
-
-
-def by_head(prefix: Tensor, own: Tensor) -> Tensor:
-    """Returns keys or values, `(length, heads * D)`, in the form of the attention's own."""
-    heads = prefix.to(own.dtype).view(len(prefix), own.shape[1], own.shape[3]).transpose(0, 1)
-    return heads.expand(own.shape[0], *heads.shape)  # (B, heads, length, D)
 
 
 class Answers(Protocol):
@@ -150,8 +158,9 @@ class AttentionSite(Site):
 
     def hook(self, host: nn.Module) -> None:
         """Registers `ready`, and puts our function's name into the config for the masks."""
-        self.handles = [host.register_forward_pre_hook(self.ready)]
-        self.ready(host, ())
+        self.kept = Kept()
+        self.handles = [host.register_forward_pre_hook(self.ready, with_kwargs=True)]
+        self.name_ours(host)
 
     def unhook(self, host: nn.Module) -> None:
         """See `Site.unhook`: the config says again what it said."""
@@ -159,8 +168,31 @@ class AttentionSite(Site):
         config: Any = host.config
         config._attn_implementation_internal = base_name(config)
 
-    def ready(self, host: nn.Module, args: Any) -> None:
-        """Sees to it that the attention asks for our function. A forward pre-hook.
+    def take(self, model: nn.Module, name: str, graft: Graft) -> None:
+        """See `Site.take`: also keeps what the attention is given, where the delta reads it."""
+        assert isinstance(graft.delta, AttentionDelta)
+        super().take(model, name, graft)
+        self.keeps_input = self.keeps_input or graft.delta.reads_input
+
+    keeps_input: bool = False
+    """Whether a delta reads what the attention is given."""
+
+    def keep(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keeps what the attention is given until its function asks for it."""
+        if self.keeps_input:
+            self.kept["hidden", thread_id()] = first(args, kwargs)
+
+    def given(self) -> Tensor | None:
+        """Returns what `keep` kept."""
+        return self.kept.pop(("hidden", thread_id()), None) if self.keeps_input else None
+
+    def ready(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Sees to it that the attention asks for our function. A forward pre-hook."""
+        self.keep(args, kwargs)
+        self.name_ours(host)
+
+    def name_ours(self, host: nn.Module) -> None:
+        """Puts our function's name into the attention's config, if it isn't there.
 
         Raises:
             AdapterError: the attention has been switched to one that takes no prefix.
@@ -188,7 +220,8 @@ class AttentionSite(Site):
             return self._changed(plan.steps, call) if self.holds(plan.steps) else call.run()
         parts: list[tuple[RowsAt, Tensor]] = []
         for steps, at in self.mixed_rows(call.query.shape[0], call.query.device):
-            parts.append((at, self._changed(steps, call.rows(at))[0]))
+            with masks.of_rows(at):
+                parts.append((at, self._changed(steps, call.rows(at))[0]))
         return joined(parts), None
 
     def _changed(
@@ -231,16 +264,18 @@ class Attend:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the output, `(B, q, H, D)`, and the weights where there are some."""
-        if self.name == "eager" and attention_mask is not None:
+        if self.name != "sdpa" and isinstance(attention_mask, Tensor):
             attention_mask = _additive(attention_mask, query.dtype)
         call = Call(module, _own(self.name, module), query, key, value, attention_mask, options)
         deltas = module._modules.get("deltas")
         site = None if deltas is None else deltas._modules.get("attention")
-        return site.attend(call) if isinstance(site, AttentionSite) else call.run()
+        if not isinstance(site, AttentionSite):
+            return call.run()
+        return site.attend(replace(call, hidden=site.given()) if site.keeps_input else call)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -283,7 +318,7 @@ def check_implementation(name: str) -> None:
     if name not in KNOWN:
         raise AdapterError(
             f'The model\'s attention is "{name}", which takes no prefix: load the model with '
-            'attn_implementation="sdpa" or "eager".'
+            'attn_implementation="sdpa", "eager" or "flex_attention".'
         )
 
 

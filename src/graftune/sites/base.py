@@ -164,6 +164,17 @@ class SublayerDelta(Delta):
 class AttentionDelta(Delta):
     """A delta of an attention: keys and values more, or something added to its output."""
 
+    reads_input: bool = False
+    """Whether `gates` multiply its keys and values."""
+
+    def gates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what multiplies keys and values, `(B, q, 1)` each, or `(B, 1, 1)` of rows.
+
+        Args:
+            hidden: what the attention is given, `(B, q, width)`.
+        """
+        raise NotImplementedError
+
     def prefix(self, heads: int) -> tuple[Tensor, Tensor] | None:
         """Returns keys and values, each `(length, kv heads * head size)`, or None for none.
 

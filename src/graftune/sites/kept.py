@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Kept(dict[tuple[str, int], Any]):
@@ -16,6 +17,11 @@ class Kept(dict[tuple[str, int], Any]):
 
     def __reduce__(self) -> Any:
         return Kept, ()
+
+
+def first(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Returns a module's first argument, however it was given."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
 
 
 def thread_id() -> int:

@@ -91,7 +91,7 @@ def remove(model: nn.Module, name: str) -> None:
         deltas = host._modules.get("deltas")
         left = deltas._modules.get("attention") if isinstance(deltas, Deltas) else None
         if isinstance(left, AttentionSite):  # others of the same config took our name away
-            left.ready(host, ())
+            left.name_ours(host)
 
 
 def replace_deltas(

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftune.errors import AdapterError
-from graftune.sites.attention import AttentionSite, by_head
+from graftune.sites.attention import AttentionSite
 from graftune.sites.base import AttentionDelta, Site
+from graftune.sites.kept import Kept
 from graftune.sites.plan import RowsAt, taken
+from graftune.sites.prefixes import Prefix, by_head, prefixes
 
 WATCHED = ("alibi", "attention_mask", "query_states")
 """Arguments from which query and scores come; query states are the hidden states if not given."""
@@ -41,6 +43,7 @@ class Scores:
     scores: Tensor  # (B, H, q, k)
     softmax: Callable[[Tensor], Tensor]
     scaling: float
+    hidden: Tensor | None = None  # (B, q, width), what the module was given, where a delta reads it
 
     def run(self) -> tuple[Tensor, None]:
         """Returns the answer without deltas."""
@@ -48,27 +51,40 @@ class Scores:
 
     def rows(self, at: RowsAt) -> Scores:
         """Returns that of some rows of the batch."""
-        return replace(self, query=taken(self.query, at), scores=taken(self.scores, at))
+        hidden = None if self.hidden is None else taken(self.hidden, at)
+        query, scores = taken(self.query, at), taken(self.scores, at)
+        return replace(self, query=query, scores=scores, hidden=hidden)
 
     def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, None]:
         """Returns the answer of some deltas together."""
         heads = self.query.shape[1]
-        found = [pair for delta in reversed(deltas) if (pair := delta.prefix(heads)) is not None]
+        found = prefixes(deltas, heads, self.hidden)
         weights, added = self.softmax(self.scores), torch.zeros_like(self.query)
         if found:
-            key, value = (
-                torch.cat([by_head(pair[at], self.query) for pair in found], 2) for at in (0, 1)
-            )
-            own = (self.query @ key.transpose(2, 3) * self.scaling).to(self.scores.dtype)
+            own = torch.cat([self._scores(prefix) for prefix in found], -1)
             both = self.softmax(torch.cat([own, self.scores], -1))
-            part, weights = both.split([key.shape[2], self.scores.shape[3]], -1)
+            part, weights = both.split([own.shape[3], self.scores.shape[3]], -1)
             part = F.dropout(part, _dropout(self.module), self.module.training)
-            added = part.to(value.dtype) @ value
+            parts = part.split([prefix.length for prefix in found], -1)
+            added = sum(map(self._added, found, parts), added)
         added = added.transpose(1, 2)
         for delta in deltas:
             more = delta.added(self.query, self.module, self.scaling)
             added = added if more is None else added + more
         return torch.cat([weights.transpose(1, 2), added], -1), None
+
+    def _scores(self, prefix: Prefix) -> Tensor:
+        """Returns a prefix's columns of the scores, `(B, H, q, length)`."""
+        made = self.query @ by_head(prefix.key, self.query).transpose(2, 3) * self.scaling
+        if prefix.by_token is not None:
+            made = made * prefix.by_token[0].to(made.dtype).unsqueeze(1)
+        return made.to(self.scores.dtype)
+
+    def _added(self, prefix: Prefix, weights: Tensor) -> Tensor:
+        """Returns the part of a prefix's values in the answer, `(B, H, q, D)`."""
+        value = by_head(prefix.value, self.query)
+        made = weights.to(value.dtype) @ value
+        return made if prefix.by_token is None else made * prefix.by_token[1].unsqueeze(1)
 
 
 class Pass:
@@ -103,7 +119,8 @@ class Pass:
         batch, heads, length, width = scores.shape
         query = self.query.view(batch, heads, length, -1)
         scaling = self.scaling or _scaling(self.host, query.shape[3])
-        packed, _ = self.site.attend(Scores(self.host, query, scores, function, scaling))
+        hidden = self.site.given()
+        packed, _ = self.site.attend(Scores(self.host, query, scores, function, scaling, hidden))
         weights, added = packed.transpose(1, 2).split([width, query.shape[3]], -1)
         self.added = added.reshape(self.query.shape).to(query.dtype)
         return watched(weights.contiguous(), self)
@@ -152,6 +169,7 @@ class SoftmaxSite(AttentionSite):
 
     def hook(self, host: nn.Module) -> None:
         """Registers `before` and `after`."""
+        self.kept = Kept()
         self.arguments = tuple(inspect.signature(host.forward).parameters)
         self.handles = [
             host.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -162,7 +180,7 @@ class SoftmaxSite(AttentionSite):
         """See `Site.unhook`."""
         Site.unhook(self, host)
 
-    def ready(self, host: nn.Module, args: Any) -> None:
+    def name_ours(self, host: nn.Module) -> None:
         """Does nothing: the config of such models names no function."""
 
     def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -173,6 +191,7 @@ class SoftmaxSite(AttentionSite):
             return None
         if torch.compiler.is_compiling():
             torch.compiler.disable(_refuse)(host)
+        self.keep(args, kwargs)
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if "query_states" in self.arguments and given.get("query_states") is None:
             given["query_states"] = given["hidden_states"]

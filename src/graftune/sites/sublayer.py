@@ -23,7 +23,7 @@ from graftune.sites.base import (
     SublayerPlace,
     branched,
 )
-from graftune.sites.kept import Kept, thread_id
+from graftune.sites.kept import Kept, first, thread_id
 from graftune.sites.plan import ALWAYS, RowsAt
 from graftune.sites.state import Active
 
@@ -86,7 +86,7 @@ class SublayerSite(Site):
         active = self.active
         if active.overridden and active.current().is_inner:
             return  # a module that is run again for some rows
-        self.kept[field, thread_id()] = _first(args, kwargs)
+        self.kept[field, thread_id()] = first(args, kwargs)
 
     def after(self, host: nn.Module, args: Any, output: Any) -> Any:
         """Returns the host's output with the active deltas in it. The forward hook."""
@@ -144,8 +144,3 @@ class SublayerSite(Site):
         last = self._modules[here[-1]]
         assert isinstance(last, SublayerDelta)
         return last.bottleneck(self._changed(tuple(here[:-1]), h, seen), seen)
-
-
-def _first(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Returns a module's first argument, however it was given."""
-    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))

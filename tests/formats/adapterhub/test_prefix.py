@@ -119,7 +119,7 @@ def test_t5_is_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "kind", "told"),
     [
-        ({"use_gating": True}, {}, FormatError, r"gated prefix \(use_gating\)"),
+        ({"use_gating": True}, {}, FormatError, "4 missing: .*prefix.gate.bias"),
         ({"prefix_length": 4}, {}, BaseMismatchError, r"wte.weight\" is \(3, 32\).*\(4, 32\)"),
         ({"leave_out": [1]}, {}, BaseMismatchError, r"trans.2.weight\" is \(128, 6\).*\(64, 6\)"),
         ({"flat": True}, {}, FormatError, "1 missing for self_prefix: .*5 unexpected"),

@@ -49,6 +49,7 @@ def test_a_union_is_its_parts_stacked(tmp_path: Path) -> None:
     "method",
     [
         gt.MAM(length=3, hidden=8, reduction=4, reads="residual"),
+        gt.UniPELT(length=3, hidden=8, reduction=8, r=2, gate="mean-padded"),
         gt.Union(
             methods=(
                 gt.PfeifferAdapter(reduction=8, gate="mean-padded"),
@@ -56,16 +57,16 @@ def test_a_union_is_its_parts_stacked(tmp_path: Path) -> None:
             )
         ),
     ],
-    ids=["mam", "gated"],
+    ids=["mam", "unipelt", "gated"],
 )
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
 def test_it_comes_back_as_the_same_function(family: str, method: Any, tmp_path: Path) -> None:
     model = FAMILIES[family].build()
     shake(gt.attach(model, method, name="a", seed=0), 1)
     path = save(gt.adapters(model)["a"], tmp_path / "a")
     config = json.loads((path / "adapter_config.json").read_text())["config"]
     assert config["architecture"] == "union"
-    assert len(config["configs"]) == 2
+    assert len(config["configs"]) == len(method.parts)
     again, inputs = FAMILIES[family].build(), FAMILIES[family].inputs()
     gt.load(again, path, name="a")
     torch.testing.assert_close(logits(again, inputs), logits(model, inputs), atol=1e-5, rtol=1e-5)

@@ -132,6 +132,13 @@ def check_even(
             raise FormatError(f"{where}: {len(missing)} tensors are missing: {listed(missing)}.")
 
 
+def block_at(anatomy: Anatomy, module: str) -> tuple[Block, str] | None:
+    """Returns the block that a file's name of a module is in, and the rest of the name."""
+    at = _BLOCK.fullmatch(module)
+    block = None if at is None else _block(anatomy, at["stack"], int(at["index"]))
+    return None if at is None or block is None else (block, at["rest"])
+
+
 def span_of(block: Block, rest: str) -> Span | None:
     """Returns the sublayer that a path below a block belongs to; None if it has no such one.
 

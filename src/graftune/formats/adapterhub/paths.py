@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from graftune.anatomy import Anatomy
+from graftune.anatomy.modules import is_in
 from graftune.anatomy.parts import Block, Projection
 
 LIKE_BERT = ("bert", "electra", "roberta", "xlm-roberta")
@@ -65,6 +66,14 @@ def linear_home(anatomy: Anatomy, block: Block, part: Projection) -> str:
     if anatomy.model_type == VIT:
         return f"{_block(anatomy, block)}.{_VIT_LINEARS[part.role]}"
     return part.module
+
+
+def attention_home(anatomy: Anatomy, module: str) -> str:
+    """Returns what the gates of an attention's prefix hang on."""
+    if anatomy.model_type != VIT:
+        return module
+    block = next(block for block in anatomy.blocks if is_in(module, (block.path,)))
+    return f"{_block(anatomy, block)}.attention.attention"
 
 
 def _block(anatomy: Anatomy, block: Block) -> str:

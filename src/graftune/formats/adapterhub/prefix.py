@@ -6,7 +6,8 @@
 
 One T for each location: the decoder's or only stack's attention (self_prefix), an encoder's
 (encoder_prefix), and cross-attention (cross_prefix). The MLP is a way of training and is dropped,
-so that training goes on with the prefix itself.
+so that training goes on with the prefix itself. Gates multiply keys and values by means over all
+tokens of what the attention is given: one for both, or (not shared_gating) one each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats.adapterhub import paths
 from graftune.formats.adapterhub.base import Kind, Reading
 from graftune.formats.adapterhub.bottleneck import activation
+from graftune.formats.adapterhub.names import block_at, span_of
 from graftune.formats.filling import fill
 from graftune.formats.tensors import listed
 from graftune.methods._maps import ACTIVATIONS
@@ -35,6 +37,9 @@ from graftune.sites.base import AttentionPlace, Graft
 
 _NAME = re.compile(
     r"(?:.+\.)?prefix_tuning\.prefix_tunings\.(?P<name>[^.]+)\.(?P<location>[^.]+)\.(?P<tensor>.+)"
+)
+_GATE = re.compile(
+    r"(?P<module>.+?)\.prefix_tuning\.prefix_gates\.(?P<name>[^.]+)\.(?P<tensor>weight|bias)"
 )
 FLAT = "control_trans"
 """The one tensor of a flat prefix."""
@@ -55,23 +60,14 @@ class Prefix(Kind):
         "flat": False,
         "non_linearity": "tanh",
         "prefix_length": 30,
+        "shared_gating": True,
         "use_gating": False,
     }
-    without_effect = ("init_weights_seed", "shared_gating")
+    without_effect = ("init_weights_seed",)
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         """See `Kind.reads`."""
         return settings.get("architecture") == "prefix_tuning"
-
-    def checked(self, settings: Mapping[str, Any], where: str, wrote: str) -> dict[str, Any]:
-        """See `Kind.checked`."""
-        config = super().checked(settings, where, wrote)
-        if config["use_gating"]:
-            raise FormatError(
-                f"{where} is a gated prefix (use_gating), written by {wrote}, which this version "
-                "does not read."
-            )
-        return config
 
     def planned(self, reading: Reading, heads: Sequence[str]) -> tuple[Method, list[Graft]]:
         """See `Kind.planned`."""
@@ -81,6 +77,8 @@ class Prefix(Kind):
             hidden=None,
             sublayers=KINDS if config["cross_prefix"] else KINDS[:1],
             dropout=config["dropout"],
+            gate="mean-padded" if config["use_gating"] else None,
+            shared_gate=bool(config["shared_gating"]),
             layers=_layers(reading),
             train_head=tuple(heads) or False,
         )
@@ -119,8 +117,10 @@ def _named(reading: Reading, grafts: Sequence[Graft]) -> dict[str, Tensor]:
         wanted.setdefault(_location(reading, graft), []).append(graft)
     given, found = dict[str, dict[str, Tensor]](), {n.key: n.value for n in reading.tensors.named}
     for key, tensor in reading.tensors.strangers.items():
-        parts = _NAME.fullmatch(key)
-        if parts and parts["name"] == reading.folder.name and parts["location"] in wanted:
+        parts, gate = _NAME.fullmatch(key), _gate_of(reading, wanted, key)
+        if gate is not None:
+            found[gate] = tensor
+        elif parts and parts["name"] == reading.folder.name and parts["location"] in wanted:
             given.setdefault(parts["location"], {})[parts["tensor"]] = tensor
         else:
             found[key] = tensor
@@ -131,6 +131,21 @@ def _named(reading: Reading, grafts: Sequence[Graft]) -> dict[str, Tensor]:
         for graft in members:
             found |= {f"{graft.place.key}.{name}": next(parts) for name in ("key", "value")}
     return found
+
+
+def _gate_of(reading: Reading, wanted: Mapping[str, list[Graft]], key: str) -> str | None:
+    """Returns our name of a gate's tensor, None if it is none."""
+    parts = _GATE.fullmatch(key)
+    if not parts or parts["name"] != reading.folder.name or not reading.config["use_gating"]:
+        return None
+    at = block_at(reading.anatomy, parts["module"])
+    span = None if at is None else span_of(*at)
+    if at is None or span is None:
+        return None
+    places = (graft.place for grafts in wanted.values() for graft in grafts)
+    inside = (place for place in places if is_in(place.module, (at[0].path,)))
+    keys = (p.key for p in inside if isinstance(p, AttentionPlace) and p.kind == span.kind)
+    return next((f"{key}.gate.{parts['tensor']}" for key in keys), None)
 
 
 def _rows(graft: Graft) -> tuple[Tensor, Tensor]:

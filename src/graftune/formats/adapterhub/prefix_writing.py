@@ -10,6 +10,8 @@ from torch import Tensor
 from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError
 from graftune.formats.adapterhub import paths
+from graftune.formats.adapterhub.low_rank import GATE
+from graftune.formats.adapterhub.low_rank_writing import check_gate
 from graftune.formats.adapterhub.prefix import FLAT
 from graftune.methods._prefix import PrefixFromMlp, PrefixValues
 from graftune.methods.prefix import PrefixTuning
@@ -26,8 +28,6 @@ _UNUSED: dict[str, Any] = {
     "flat": True,
     "init_weights_seed": None,
     "non_linearity": "tanh",
-    "shared_gating": True,
-    "use_gating": False,
 }
 
 
@@ -57,16 +57,31 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
         "dropout": method.dropout,
         "leave_out": left_out,
         "prefix_length": method.length,
+        "shared_gating": method.shared_gate,
+        "use_gating": method.gate is not None,
     }
     home = f"{paths.body(adapter.model)}prefix_tuning.prefix_tunings.{adapter.name}"
     return settings, {
         f"{home}.{location}.{FLAT}": torch.cat(parts, 1).flatten()
         for location, parts in tables.items()
+    } | _gates(adapter)
+
+
+def _gates(adapter: Adapter) -> dict[str, Tensor]:
+    """Returns the gates' tensors, by AdapterHub's names."""
+    return {
+        f"{paths.attention_home(adapter.anatomy, graft.place.module)}.prefix_tuning.prefix_gates."
+        f"{adapter.name}.{name.removeprefix('gate.')}": tensor
+        for graft in adapter.grafts
+        if isinstance(graft.place, AttentionPlace)
+        for name, tensor in graft.delta.state_dict().items()
+        if name in GATE
     }
 
 
 def _check(adapter: Adapter, method: PrefixTuning) -> None:
     """Raises FormatError if AdapterHub has no such prefixes."""
+    check_gate(method.gate)
     kind = adapter.anatomy.model_type
     if kind in paths.LIKE_T5:
         raise FormatError(
