@@ -193,14 +193,14 @@ def _check_prompts(state: Grafts, composition: Composition) -> None:
 
 
 def _prompts(state: Grafts, member: Composition) -> list[int]:
-    """Returns lengths of a member's prompts that act one after the other: of an Average, one."""
+    """Returns how much each of a member's prompts lengthens a row: of an Average, one."""
     if isinstance(member, Average):
         return _prompts(state, member.members[0])
     if isinstance(member, Stack):
         return [length for part in member.members for length in _prompts(state, part)]
     if not isinstance(member, str):
         return []
-    return [delta.length for delta in _embedded(state, member)]
+    return [delta.length for delta in _embedded(state, member) if delta.marker is None]
 
 
 def _embedded(state: Grafts, name: str) -> list[EmbeddingDelta]:

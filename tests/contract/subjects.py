@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "llamaadapter": gt.LLaMAAdapter(length=3, layers=":"),
     "prompt": gt.PromptTuning(length=3),
     "multitask": gt.MultitaskPromptTuning(length=3),
+    "ptuning": gt.PTuning(length=3, hidden=8),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
@@ -59,13 +60,14 @@ NOT_LINEAR = (
     "llamaadapter",
     "prompt",
     "multitask",
+    "ptuning",
 )
 """Methods that can't be merged: no weight does what they do."""
 
-OFF_AT_START = ("prefix", "ptuningv2", "prompt", "multitask")
+OFF_AT_START = ("unipelt", "mam", "prefix", "ptuningv2", "prompt", "multitask", "ptuning")
 """Methods that don't start equal to the base: attention is shared with what they add."""
 
-LONGER_ROWS = ("prompt", "multitask")
+LONGER_ROWS = ("prompt", "multitask", "ptuning")
 """Methods that lengthen rows, so that sums over masked places round otherwise than alone: 6e-6 in
 fp32, 1e-14 in fp64."""
 

@@ -26,10 +26,10 @@ class Prompt(EmbeddingDelta):
 
     tokens: nn.Parameter
 
-    def __init__(self, tokens: Tensor, is_after_first: bool) -> None:
+    def __init__(self, tokens: Tensor, is_after_first: bool, marker: int | None = None) -> None:
         super().__init__()
-        self.tokens, self.is_after_first = nn.Parameter(tokens), is_after_first
-        self.length = len(tokens)
+        self.tokens, self.length = nn.Parameter(tokens), len(tokens)
+        self.is_after_first, self.marker = is_after_first, marker
 
     def prompt(self, tasks: Tensor | None = None) -> Tensor:
         """See `EmbeddingDelta.prompt`."""
@@ -107,6 +107,7 @@ class PromptPlace:
 class SoftPrompt(Method):
     """A method whose virtual tokens are embeddings: one can start from what another learned."""
 
+    @torch.no_grad()
     def prompt_of(self, adapter: Any, task: int | str | None = None) -> Tensor:
         """Returns an adapter's virtual tokens as they are now, `(m, d)`.
 
@@ -122,7 +123,7 @@ class SoftPrompt(Method):
                 f'Adapter "{adapter.name}" is {self.name}, which has one task: leave task out.'
             )
         delta: Any = embedded(adapter).delta
-        return delta.prompt().detach().clone()
+        return delta.prompt().clone()
 
     def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
         """See `Method.start_from`: takes the virtual tokens of any soft prompt."""

@@ -27,6 +27,7 @@ from graftune.composition import Mean, Steps, names_in
 from graftune.errors import AdapterError, SettingsError
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft, Site, base_modules
 from graftune.sites.kept import Kept, thread_id
+from graftune.sites.marked import filled
 from graftune.sites.plan import RowsAt, joined, taken
 from graftune.sites.state import Active
 from graftune.sites.tasks import checked_tasks, tasks_of_rows
@@ -131,15 +132,18 @@ class EmbeddingSite(Site):
         self.kept.pop(("woven", thread_id()), None)
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
-        if cache is not None and _length(cache):
-            return (), self._continued(given, getattr(cache, MARK, None))
-        if not self._acts_now():
-            return None
-        ids = _ids(given)
-        woven = self._woven(len(ids), ids.device)
-        if woven is None:
-            return None
-        return (), self._longer(host, given, ids, woven)
+        past = 0 if cache is None else _length(cache)
+        marked = self._marked(host, given, past)
+        if past:
+            given = self._continued(given, getattr(cache, MARK, None))
+        elif self._acts_now():
+            ids = _ids(given)
+            woven = self._woven(len(ids), ids.device)
+            if woven is not None:
+                return (), self._longer(host, given, ids, woven, marked)
+        if marked is not None:
+            return (), self._embedded(given, marked, past)
+        return ((), given) if past else None
 
     def after(self, host: nn.Module, args: Any, output: Any) -> Any:
         """Takes the virtual tokens out of what the body answers. A forward hook."""
@@ -182,14 +186,49 @@ class EmbeddingSite(Site):
         plan = self.active.current()
         return any(self.holds(steps) for steps, _ in plan.groups or ((plan.steps, ()),))
 
+    def _marked(self, host: nn.Module, given: dict[str, Any], past: int) -> Tensor | None:
+        """Returns the embedded tokens with virtual ones in markers' places; None without markers.
+
+        Args:
+            host: the body.
+            given: what it is given.
+            past: how many tokens its cache holds.
+        """
+        names = self.active.current().names
+        deltas: list[Any] = [self._modules[name] for name in names if name in self._modules]
+        markers: set[int] = {delta.marker for delta in deltas if delta.marker is not None}
+        if not markers:
+            return None
+        ids = _ids(given)
+        if past and not any((ids == marker).any() for marker in markers):
+            return None
+        tokens = _tokens(host, ids)
+        for marker in markers:
+            virtual = self._woven(len(ids), ids.device, marker)
+            if virtual is not None:
+                tokens = filled(tokens, ids, marker, virtual, may_lack=past > 0)
+        return tokens
+
+    def _embedded(self, given: dict[str, Any], tokens: Tensor, past: int) -> dict[str, Any]:
+        """Returns arguments with embedded tokens instead of ids."""
+        rest, ids = dict(given), given["input_ids"]
+        del rest["input_ids"]
+        if given.get("position_ids") is None and self.table.padding is not None:
+            rest["position_ids"] = self._unpadded(ids, past)
+        return {**rest, "inputs_embeds": tokens}
+
     def _longer(
-        self, host: nn.Module, given: dict[str, Any], ids: Tensor, woven: Woven
+        self,
+        host: nn.Module,
+        given: dict[str, Any],
+        ids: Tensor,
+        woven: Woven,
+        tokens: Tensor | None,
     ) -> dict[str, Any]:
         mask = given.get("attention_mask")
         _check_mask(mask)
         at = woven.at(mask, len(ids), ids.device)
-        tables: Any = host
-        tokens: Tensor = tables.get_input_embeddings()(ids)
+        tokens = _tokens(host, ids) if tokens is None else tokens
         changed: dict[str, Any] = {"inputs_embeds": woven.into(woven.prompt, tokens, at)}
         limit = self.table.limit
         if limit is not None and ids.shape[1] + woven.most > limit:
@@ -220,11 +259,15 @@ class EmbeddingSite(Site):
                 found = tuple(positions.shape)
                 raise AdapterError(f"A prompt takes position_ids of (rows, tokens), found {found}.")
             return positions
-        pad = self.table.padding
-        if pad is not None:  # RoBERTa counts what isn't padding, and can only tell from ids
-            is_real = ids.ne(pad).int()
-            return (is_real.cumsum(1) * is_real).long() + pad
+        if self.table.padding is not None:
+            return self._unpadded(ids, 0)
         return self._counted(0, ids) if woven.lengths is not None else None
+
+    def _unpadded(self, ids: Tensor, past: int) -> Tensor:
+        """Returns positions as RoBERTa counts them: what isn't padding, told from the ids alone."""
+        pad = self.table.padding or 0
+        is_real = ids.ne(pad).int()
+        return ((is_real.cumsum(1) + past) * is_real).long() + pad
 
     def _counted(self, start: int, ids: Tensor) -> Tensor | None:
         """Returns positions from `start` on, None where the body finds them itself."""
@@ -252,8 +295,13 @@ class EmbeddingSite(Site):
             changed["position_ids"] = woven.later(positions)
         return {**given, **changed}
 
-    def _woven(self, rows: int, device: torch.device) -> Woven | None:
+    def _woven(self, rows: int, device: torch.device, marker: int | None = None) -> Woven | None:
         """Returns the active prompts of a batch, None for none.
+
+        Args:
+            rows: of the batch.
+            device: of the batch.
+            marker: which prompts: in the places of this token; None are those that lengthen rows.
 
         Raises:
             AdapterError: they can't act together.
@@ -262,14 +310,14 @@ class EmbeddingSite(Site):
         given = self.kept.get(("tasks", thread_id()), plan.tasks)
         tasks = tasks_of_rows(given, rows, device, plan.copies)
         if plan.groups is None:
-            prompt = self._prompt(plan.steps, rows, tasks)
+            prompt = self._prompt(plan.steps, rows, tasks, marker)
             is_after = self._is_after_first(plan.steps)
             return None if prompt is None else Woven(prompt, None, is_after)
         found: list[tuple[RowsAt, int, Tensor | None]] = []
         for steps, at in self.mixed_rows(rows, device):
             own = None if tasks is None else taken(tasks, at)
             n = at.stop - at.start if isinstance(at, slice) else len(at)
-            found.append((at, n, self._prompt(steps, n, own)))
+            found.append((at, n, self._prompt(steps, n, own, marker)))
         some = [prompt for _, _, prompt in found if prompt is not None]
         if not some:
             return None
@@ -284,34 +332,39 @@ class EmbeddingSite(Site):
         differ = any(prompt is None or prompt.shape[1] < most for _, _, prompt in found)
         return Woven(joined(prompts), joined(lengths) if differ else None, after)
 
-    def _prompt(self, steps: Steps, rows: int, tasks: Tensor | None) -> Tensor | None:
+    def _prompt(
+        self, steps: Steps, rows: int, tasks: Tensor | None, marker: int | None
+    ) -> Tensor | None:
         """Returns the virtual tokens of some steps one after the other, `(rows, m, width)`."""
         parts: list[Tensor] = []
         for step in steps:
             if isinstance(step, str):
                 delta = self._modules.get(step)
-                if isinstance(delta, EmbeddingDelta):
+                if isinstance(delta, EmbeddingDelta) and delta.marker == marker:
                     own = checked_tasks(tasks, delta.tasks, step) if delta.tasks else None
                     parts.append(delta.prompt(own).expand(rows, -1, -1))
-            elif isinstance(step, Mean) and self.holds((step,)):
-                parts.append(self._mean(step, rows, tasks))
+            elif isinstance(step, Mean):
+                mean = self._mean(step, rows, tasks, marker)
+                parts += [] if mean is None else [mean]
         return torch.cat(parts, dim=1) if parts else None
 
-    def _mean(self, mean: Mean, rows: int, tasks: Tensor | None) -> Tensor:
-        made = [(weight, self._prompt(steps, rows, tasks)) for weight, steps in mean.branches]
+    def _mean(
+        self, mean: Mean, rows: int, tasks: Tensor | None, marker: int | None
+    ) -> Tensor | None:
+        made = [(w, self._prompt(steps, rows, tasks, marker)) for w, steps in mean.branches]
         lengths = [0 if prompt is None else prompt.shape[1] for _, prompt in made]
         if len(set(lengths)) > 1:
             raise AdapterError(
                 "Average takes prompts of one length, found members with "
                 f"{', '.join(map(str, lengths))} virtual tokens."
             )
-        return torch.stack([weight * prompt for weight, prompt in made if prompt is not None]).sum(
-            0
-        )
+        weighted = [weight * prompt for weight, prompt in made if prompt is not None]
+        return torch.stack(weighted).sum(0) if weighted else None
 
     def _is_after_first(self, steps: Steps) -> bool:
         names = [name for name in dict.fromkeys(names_in(steps)) if name in self._modules]
-        found = {bool(getattr(self._modules[name], "is_after_first", False)) for name in names}
+        deltas: dict[str, Any] = {name: self._modules[name] for name in names}
+        found = {delta.is_after_first for delta in deltas.values() if delta.marker is None}
         if len(found) > 1:
             raise AdapterError(
                 f"The prompts {', '.join(names)} act together, so all must be in the same "
@@ -356,6 +409,11 @@ def _above(model: nn.Module, path: str, wanted: set[str]) -> str | None:
         if wanted <= set(inspect.signature(model.get_submodule(path).forward).parameters):
             return path
     return None
+
+
+def _tokens(host: nn.Module, ids: Tensor) -> Tensor:
+    tables: Any = host
+    return tables.get_input_embeddings()(ids)
 
 
 def _length(cache: Any) -> int:
