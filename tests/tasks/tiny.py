@@ -62,6 +62,22 @@ def bert(folder: Path) -> Path:
     return _saved(BertModel(config), tokenizer, folder)
 
 
+def masked_bert(folder: Path, positions: int = 64) -> Path:
+    """A BERT of two blocks that says what is masked."""
+    import torch
+    from transformers import BertConfig, BertForMaskedLM
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = _tokenizer(specials, "[PAD]", "[UNK]")
+    tokenizer.mask_token = "[MASK]"
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=positions, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return _saved(BertForMaskedLM(config), tokenizer, folder)
+
+
 def llama(folder: Path, *, template: str | None = CHATML, positions: int = 128) -> Path:
     """A LLaMA of two blocks with a chat template."""
     import torch

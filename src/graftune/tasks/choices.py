@@ -75,6 +75,7 @@ class Choices(Task):
     metric: ClassVar[str] = "accuracy"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "choices", "label")
+    picks: ClassVar[bool] = True
     options_type: ClassVar[type[TaskOptions]] = ChoiceOptions
 
     def __init__(self, options: ChoiceOptions | None = None) -> None:

@@ -52,6 +52,7 @@ class Classification(Task):
     metric: ClassVar[str] = "accuracy"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc")
     roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+    picks: ClassVar[bool] = True
 
     def columns(self, table: Table, named: Columns) -> dict[str, str]:
         """Returns the columns of text, text_pair (for pairs) and label."""

@@ -31,6 +31,7 @@ TASKS = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
     "feature": "AutoModel",
 }
 LANGUAGE_MODEL = "lm"
@@ -69,7 +70,7 @@ def load_base(
     Args:
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
         task: "classification", "causal-lm", "seq2seq-lm", "lm" (whichever of the two language
-            models it is) or "feature" (no head).
+            models it is), "masked-lm" or "feature" (no head).
         labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
             A trained head of another size is replaced by a new one.
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graftune.errors import DataError
+from graftune.errors import DataError, SettingsError
 from graftune.tasks import beside, dropping, metrics
 from graftune.tasks.data import Example
 from graftune.tasks.models import load_base
 from graftune.tasks.task import Ready, Task, find_task
-from graftune.tasks.workspace import ADAPTER, read_task
+from graftune.tasks.workspace import ADAPTER, PROMPT, read_task
+
+if TYPE_CHECKING:
+    from graftune.tasks.chat_prompt import ChatPrompt
+    from graftune.tasks.ranking import RankedPrompt
 
 ADAPTER_NAME = "default"
 
@@ -27,6 +31,8 @@ class Predictor:
     ready: Ready
     columns: dict[str, str]
     """The columns of the data that it was trained on."""
+    prompt: RankedPrompt | ChatPrompt | None = None
+    """What answers where nothing was trained."""
 
     @classmethod
     def load(
@@ -46,8 +52,10 @@ class Predictor:
         """
         directory = Path(directory)
         told = read_task(directory)
-        adapter = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
+        adapter = _adapter(directory)
         task = find_task(told["task"], told.get("task_options"))
+        if (adapter / PROMPT).is_file():
+            return _prompted(adapter, told, task, base_only, drop)
         ready = _ready(told, task)
         if not base_only:
             from graftune.formats import load
@@ -57,9 +65,7 @@ class Predictor:
             name = ADAPTER_NAME if ADAPTER_NAME not in others else f"{ADAPTER_NAME}-run"
             loaded = load(ready.model, adapter, name)
             dropping.activate(loaded, told.get("drop", 0) if drop is None else drop)
-        model: Any = ready.model
-        model.to(_device())
-        return cls(task, ready, told["columns"])
+        return cls(task, _placed(ready), told["columns"])
 
     def predict(
         self,
@@ -74,13 +80,74 @@ class Predictor:
             DataError: A row can't be asked.
         """
         examples = [self._question(row, f"row {n}") for n, row in enumerate(rows, start=1)]
+        if self.prompt is not None:
+            check_sizes(batch_size, max_new_tokens)
+            size, room = batch_size, max_new_tokens
+            return self.prompt.answers(examples, batch_size=size, max_new_tokens=room)
         return answer(self.task, self.ready, examples, batch_size, max_new_tokens)
+
+    def measure(self, examples: Sequence[Example], batch_size: int) -> Measured:
+        """Returns the metrics on examples whose answers are known."""
+        task, ready = self.task, self.ready
+        if self.prompt is not None:
+            from graftune.tasks.prompting import measure
+
+            check_sizes(batch_size)
+            return measure(self.prompt, task, ready, examples, batch_size)
+        if ready.labels:
+            found = answer(task, ready, examples, batch_size)
+            return measure_answers(task, ready.labels, examples, found)
+        return measure_logits(task, ready, task.encode(examples, ready).features, batch_size)
 
     def _question(self, row: str | Mapping[str, Any], where: str) -> Example:
         if isinstance(row, Mapping):
             usual = {role: row[name] for role, name in self.columns.items() if name in row}
             row = {**row, **usual}
         return self.task.question(row, where)
+
+
+def needs_adapter(directory: Path) -> bool:
+    """Whether what a run's or an adapter's directory describes can't answer without the adapter.
+
+    Raises:
+        FormatError: The directory is not a finished run's or an adapter's.
+    """
+    told = read_task(directory)
+    return find_task(told["task"]).new_head and not (_adapter(directory) / PROMPT).is_file()
+
+
+def _prompted(
+    folder: Path, told: Mapping[str, Any], task: Task, base_only: bool, drop: int | None
+) -> Predictor:
+    """Returns what a run of in-context learning describes; `base_only`: without demonstrations."""
+    from graftune.tasks import prompting
+    from graftune.tasks.in_context import Demonstrations
+
+    if drop is not None:
+        raise SettingsError(f'"{folder}" holds prompts, no adapter: there is nothing to drop.')
+    settings, shown = prompting.read(folder)
+    if base_only:
+        settings, shown = settings.model_copy(update={"shots": 0}), Demonstrations([])
+    base, template = prompting.base_of(
+        told["base"], task, settings, told["columns"], told["precision"]
+    )
+    if told["chat_template"] is not None:
+        base.tokenizer.chat_template = told["chat_template"]
+    ready = _placed(Ready(base.model, base.tokenizer, told["labels"], told["max_length"]))
+    prompt = prompting.prompt_of(settings, template, ready, shown)
+    return Predictor(task, ready, told["columns"], prompt)
+
+
+def _adapter(directory: Path) -> Path:
+    """Returns the adapter's folder of a run's directory, or that directory itself."""
+    return directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
+
+
+def _placed(ready: Ready) -> Ready:
+    """Moves the model to the GPU where there is one."""
+    model: Any = ready.model
+    model.to(_device())
+    return ready
 
 
 def _ready(told: Mapping[str, Any], task: Task) -> Ready:
@@ -103,10 +170,7 @@ def answer(
     Raises:
         DataError: `batch_size` or `max_new_tokens` is below 1.
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise DataError(
-            f"batch_size is {batch_size}, max_new_tokens {max_new_tokens}; both must be 1 or more."
-        )
+    check_sizes(batch_size, max_new_tokens)
     if not examples:
         return []
     training = ready.model.training
@@ -115,6 +179,14 @@ def answer(
         return task.answer(examples, ready, batch_size=batch_size, max_new_tokens=max_new_tokens)
     finally:
         ready.model.train(training)
+
+
+def check_sizes(batch_size: int, max_new_tokens: int = 1) -> None:
+    """Raises DataError where a size is below 1."""
+    if batch_size < 1 or max_new_tokens < 1:
+        raise DataError(
+            f"batch_size is {batch_size}, max_new_tokens {max_new_tokens}; both must be 1 or more."
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +201,14 @@ class Measured:
 def measure_answers(
     task: Task, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Any]
 ) -> Measured:
-    """Returns the metrics of answered labels."""
+    """Returns the metrics of answered labels, or of rows' own choices, which have no classes."""
+    if not labels:
+        rights = [one.fields["choices"].index(one.fields["answer"]) for one in examples]
+        chosen = [
+            example.fields["choices"].index(one["label"])
+            for example, one in zip(examples, answers, strict=True)
+        ]
+        return Measured(task.score(np.array(chosen), np.array(rights)), [])
     number = {label: index for index, label in enumerate(labels)}
     targets = np.array([number[example.stratum] for example in examples])
     said = np.array([number[one["label"]] for one in answers])

@@ -50,7 +50,7 @@ def resolved(settings: RunSettings, task: Task, method: Method) -> RunSettings:
     """
     train = settings.train
     _check_metric(settings, task)
-    _check_columns(settings, task)
+    check_roles(settings, task)
     _check_optimizer(train.optimizer)
     select = "last" if 0 in (train.eval_every, train.save_every) else train.select
     if train.early_stop is not None and select != "best":
@@ -86,8 +86,7 @@ def length_limit(
     Raises:
         SettingsError: More was asked for.
     """
-    limits = [limit for limit in (_positions(model), tokenizer.model_max_length) if limit]
-    limit = min([int(found) for found in limits if found < UNBOUNDED], default=None)
+    limit = most_tokens(model, tokenizer)
     wanted = settings.data.max_length
     if wanted is None:
         return min(task.max_length, limit or task.max_length)
@@ -96,6 +95,12 @@ def length_limit(
             f"data.max_length is {wanted}, but {settings.base} takes at most {limit} tokens."
         )
     return wanted
+
+
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns how many tokens a model and its tokenizer take at once; None where none say."""
+    limits = [limit for limit in (_positions(model), tokenizer.model_max_length) if limit]
+    return min([int(found) for found in limits if found < UNBOUNDED], default=None)
 
 
 def precision(settings: RunSettings) -> str:
@@ -132,7 +137,12 @@ def _check_optimizer(name: str | None) -> None:
         raise SettingsError(f'train.optimizer is "{name}", which transformers doesn\'t know.{hint}')
 
 
-def _check_columns(settings: RunSettings, task: Task) -> None:
+def check_roles(settings: RunSettings, task: Task) -> None:
+    """Checks that the columns that are named are those of the task.
+
+    Raises:
+        SettingsError: One is not.
+    """
     for role, column in settings.data.columns.model_dump().items():
         if column is not None and role not in task.roles:
             raise SettingsError(

@@ -17,7 +17,8 @@ class RunResult:
     name: str
     """The run's name."""
     kind: str
-    """"adapter" for a trained adapter, "probe" for a linear probe of the frozen base."""
+    """"adapter" for a trained adapter, "probe" for a linear probe of the frozen base,
+    "in-context" for demonstrations in the prompt."""
     settings: dict[str, Any]
     """The settings with every default filled in."""
     versions: dict[str, str]
@@ -50,6 +51,14 @@ class RunResult:
     """What the user was told on the way."""
     heat_maps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """What the method has to show of the trained adapter: `HeatMap`s as dictionaries."""
+
+    costs: dict[str, float] = field(default_factory=dict[str, float])
+    """What the test rows' predictions took: `rows`, `seconds`, `tokens`, and before the first one
+    `start_seconds` (training, or a shared prompt). Of prompts also `start_tokens`, and
+    `tokens_alone`, those that would have been run without sharing."""
+    against: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of prompts: the adapter's run that they are compared with, its `name`, `run_dir`, `costs`,
+    and `predictions`, after how many of them it was the cheaper one (None: never)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as nested dictionaries of plain values."""

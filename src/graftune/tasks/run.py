@@ -18,7 +18,9 @@ from graftune.tasks.settings import RunSettings
 
 if TYPE_CHECKING:
     from graftune.tasks.data import Example
+    from graftune.tasks.in_context_run import InContextRun
     from graftune.tasks.task import Task
+    from graftune.tasks.training_run import TrainingRun
 
 
 def train(
@@ -28,7 +30,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
-    """Trains an adapter and returns what came of it.
+    """Trains an adapter and returns what came of it; or measures prompts (`method: in-context`).
 
     Args:
         settings: What to train, on what, how, and where to.
@@ -41,23 +43,20 @@ def train(
         DataError: The data can't be trained on.
         TrainingError: The run can't go on.
     """
-    from graftune.tasks.training_run import TrainingRun
-
-    return TrainingRun.prepared(settings, watch or Silent()).run(resume, overwrite)
+    return _prepared(settings, watch or Silent()).run(resume, overwrite)
 
 
 def plan(settings: RunSettings) -> dict[str, Any]:
     """Returns what `train` would do, for a dry run: reads and checks the data, loads no weights.
 
-    Keys: `settings` (resolved), `data` (report), `labels`, `total_steps`, `notes`.
+    Keys: `settings` (resolved), `data` (report), `labels`, `total_steps`, `notes`, and for prompts
+    `prompt`, the first question's.
 
     Raises:
         SettingsError: A setting can't be.
         DataError: The data can't be trained on.
     """
-    from graftune.tasks.training_run import TrainingRun
-
-    return TrainingRun.prepared(settings, Silent()).plan()
+    return _prepared(settings, Silent()).plan()
 
 
 def linear_probe(
@@ -101,19 +100,13 @@ def evaluate(
         FormatError: The directory is not a run's.
         DataError: The data can't be read, or has a label that the run doesn't know.
     """
-    from graftune.tasks.predicting import Predictor, answer, measure_answers, measure_logits
+    from graftune.tasks.predicting import Predictor
 
     predictor = Predictor.load(run_dir, drop=drop)
     task, ready = predictor.task, predictor.ready
     examples = _examples(Path(run_dir), data, split, task, predictor.columns)
     _check_labels(examples, ready.labels)
-    if ready.labels:
-        found = measure_answers(
-            task, ready.labels, examples, answer(task, ready, examples, batch_size)
-        )
-    else:
-        features = task.encode(examples, ready).features
-        found = measure_logits(task, ready, features, batch_size)
+    found = predictor.measure(examples, batch_size)
     return {
         "split": split,
         "rows": len(examples),
@@ -138,7 +131,8 @@ def predict(
         run_dir: A run's directory, or the directory of an adapter that a run made.
         rows: Texts, or rows with the columns that the task knows.
         batch_size: Rows computed at once.
-        base_only: Answer with the untrained base instead (a language model, not a classifier).
+        base_only: Answer with the untrained base instead (a language model, not a classifier); a
+            prompt without its demonstrations.
         max_new_tokens: Longest answer (instructions only).
         drop: Lowest blocks in which the adapter is left out; None for what it was trained for.
 
@@ -150,16 +144,27 @@ def predict(
         FormatError: The directory is not a finished run's or an adapter's.
         DataError: A row can't be asked; or `base_only` for a task whose base can't answer.
     """
-    from graftune.tasks.predicting import Predictor
-    from graftune.tasks.task import find_task
-    from graftune.tasks.workspace import read_task
+    from graftune.tasks.predicting import Predictor, needs_adapter
 
-    if base_only and find_task(read_task(Path(run_dir))["task"]).new_head:
+    if base_only and needs_adapter(Path(run_dir)):
         raise DataError(
             "The base alone can't answer with labels: its head is new. Compare with linear_probe."
         )
     predictor = Predictor.load(run_dir, base_only=base_only, drop=drop)
     return predictor.predict(rows, batch_size, max_new_tokens=max_new_tokens)
+
+
+def _prepared(settings: RunSettings, watcher: Watcher) -> TrainingRun | InContextRun:
+    """Returns the run that settings ask for, checked."""
+    from graftune.tasks.in_context import is_in_context
+
+    if is_in_context(settings.method):
+        from graftune.tasks.in_context_run import InContextRun
+
+        return InContextRun.prepared(settings, watcher)
+    from graftune.tasks.training_run import TrainingRun
+
+    return TrainingRun.prepared(settings, watcher)
 
 
 def _examples(

@@ -152,20 +152,17 @@ class TaskOptions(_Section):
     """A task's own settings, below `task_options`. A task that has some makes a subclass."""
 
     @classmethod
-    def of(cls, task: str, values: Mapping[str, Any]) -> Self:
-        """Returns the settings of a task's name.
+    def of(cls, task: str, values: Mapping[str, Any], where: str = "task_options") -> Self:
+        """Returns the settings of a task's name, which stand below the key `where`.
 
         Raises:
             SettingsError: A key is unknown, or a value can't be.
         """
         if values and not cls.model_fields:
-            raise SettingsError(
-                f"task_options: the task {task} has none, found {', '.join(values)}."
-            )
+            raise SettingsError(f"{where}: the task {task} has none, found {', '.join(values)}.")
         try:
             return cls(**values)
         except ValidationError as error:
-            where = "task_options"
             raise SettingsError(settings_message(error, cls, lambda _: where)) from None
 
 

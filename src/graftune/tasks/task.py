@@ -65,6 +65,8 @@ class Task(Protocol):
     """The names of all metrics."""
     roles: ClassVar[tuple[str, ...]]
     """The `data.columns` settings that it knows."""
+    picks: ClassVar[bool] = False
+    """Whether an answer is one of given labels, so that all answers are measured."""
     options_type: ClassVar[type[TaskOptions]] = TaskOptions
     """Its own settings. A task that has some takes them when it is made."""
 

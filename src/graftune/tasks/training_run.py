@@ -44,6 +44,7 @@ class TrainingRun:
     watcher: Watcher
     began: float
     notes: list[str] = field(default_factory=list[str])
+    costs: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
     def prepared(cls, settings: RunSettings, watcher: Watcher) -> TrainingRun:
@@ -128,10 +129,13 @@ class TrainingRun:
         base_bytes = sum(p.numel() * p.element_size() for p in ready.model.parameters())
         beside.attach(ready.model, beside.keep(others, run_dir))
         encoded = self._encoded(ready)
+        trained = time.monotonic()
         if self.task.new_head and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
         adapter = self._attach(ready, encoded)
         fitted = self._fit(ready, encoded, run_dir, resume)
+        if not resume:  # else only a part of the training was seen
+            self.costs["start_seconds"] = time.monotonic() - trained
         self._measure_attention(ready, encoded)
         self._save(adapter, ready, run_dir)
         measured = self._test(ready, encoded, run_dir)
@@ -280,13 +284,25 @@ class TrainingRun:
             return Measured({}, [])
         size = 2 * (self.settings.train.batch_size or 1)
         if self.labels:
+            began = time.monotonic()
             answers = answer(self.task, ready, examples, size)
+            self._count(examples, encoded["test"].lengths, time.monotonic() - began, ready)
             self._write_answers(examples, answers, run_dir)
             return measure_answers(self.task, self.labels, examples, answers)
         shown = [self.task.question(one.fields, one.where) for one in examples[:SHOWN_ANSWERS]]
         room = min(LONGEST_ANSWER, ready.max_length // 2)
-        self._write_answers(examples, answer(self.task, ready, shown, size, room), run_dir)
+        began = time.monotonic()
+        answers = answer(self.task, ready, shown, size, room)
+        self._count(shown, encoded["test"].lengths, time.monotonic() - began, ready)
+        self._write_answers(examples, answers, run_dir)
         return measure_logits(self.task, ready, encoded["test"].features, size)
+
+    def _count(
+        self, answered: Sequence[Example], lengths: Sequence[int], seconds: float, ready: Ready
+    ) -> None:
+        """Notes what predictions took; `lengths` are the test rows' tokens before they were cut."""
+        tokens = sum(min(length, ready.max_length) for length in lengths[: len(answered)])
+        self.costs |= {"rows": len(answered), "seconds": seconds, "tokens": tokens}
 
     def _write_answers(
         self, examples: Sequence[Example], answers: Sequence[Mapping[str, Any]], run_dir: Path
@@ -328,6 +344,7 @@ class TrainingRun:
             run_dir=str(run_dir),
             data=self.data.report.to_dict(),
             notes=self.notes,
+            costs=self.costs,
             heat_maps=[asdict(found) for found in adapter.method.heat_maps(adapter)],
         )
 

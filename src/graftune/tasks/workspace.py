@@ -28,6 +28,8 @@ BESIDE = "beside"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.test.jsonl"
 RESULT = "result.json"
+PROMPT = "prompt.json"
+"""In the adapter's directory of a run that trained nothing: what its prompts are made of."""
 TASK = "graftune_task.json"
 """What prediction needs besides the adapter; in the run's directory and in the adapter's."""
 
