@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import graftune as gt
+from tests.families import FAMILIES
 from tests.formats.adapterhub.directories import (
     BOTTLENECK,
     LORA,
@@ -49,6 +51,39 @@ def test_a_run_becomes_pefts(graftune, trained, tmp_path):
     ended = graftune("convert", out, "--to", "peft", "--into", tmp_path / "a", "--json")
     assert ended.code == 0, ended.err
     assert peft.PeftConfig.from_pretrained(tmp_path / "a").peft_type == "LORA"
+
+
+PROMPTS = {
+    "PROMPT_TUNING": ("PromptTuningConfig", "PromptTuning"),
+    "P_TUNING": ("PromptEncoderConfig", "PTuning"),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_prompts_go_from_peft_to_ours_and_back(graftune, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    name, method = PROMPTS[kind]
+    model = FAMILIES["llama"].build(task="classification")
+    model.save_pretrained(tmp_path / "base")
+    config = getattr(peft, name)(num_virtual_tokens=4, task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    own, back = tmp_path / "own", tmp_path / "back"
+    base = ("--base", tmp_path / "base")
+    ended = graftune("convert", tmp_path / "theirs", *base, "--into", own, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["method"] == method
+    ended = graftune("convert", own, "--to", "peft", *base, "--into", back, "--json")
+    assert ended.code == 0, ended.err
+    given, found = (
+        load_file(at / "adapter_model.safetensors") for at in (tmp_path / "theirs", back)
+    )
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[key], given[key]) for key in given)
+    assert peft.PeftConfig.from_pretrained(back).peft_type == kind
+    ended = graftune("convert", own, "--to", "adapterhub", *base, "--into", tmp_path / "hub")
+    assert ended.code != 0
+    assert method in ended.err
 
 
 def test_a_lora_goes_from_adapterhub_to_peft(graftune, base, tmp_path):
