@@ -24,6 +24,12 @@ def test_braces_that_are_meant_are_written_twice() -> None:
     assert Template.of("{{{text}}} is {label}").filled({"text": "x"}, "y") == "{x} is y"
 
 
+def test_a_marker_stands_for_each_virtual_token() -> None:
+    found = Template.of("{soft:1}{text}{soft:2} It was {mask}.")
+    assert found.filled({"text": "x"}, "[MASK]", "[u1]") == "[u1]x[u1][u1] It was [MASK]."
+    assert found.filled({"text": "x"}, "fine") == "x It was fine."
+
+
 def test_it_is_parted_where_the_answer_comes() -> None:
     before, after = Template.of("{text} is {label}, I say").parted()
     assert (before.filled({"text": "x"}), after.filled({})) == ("x is ", ", I say")

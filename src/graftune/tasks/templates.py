@@ -123,12 +123,20 @@ class Template:
             replace(self, segments=self.segments[at + 1 :]),
         )
 
-    def filled(self, texts: Mapping[str, str], answer: str = "") -> str:
-        """Returns the template with a row's texts (by role) and an answer in it."""
+    def filled(self, texts: Mapping[str, str], answer: str = "", marker: str = "") -> str:
+        """Returns the template with a row's texts (by role) and an answer in it.
+
+        Args:
+            texts: Of the row.
+            answer: What stands at {label} or {mask}.
+            marker: What stands at {soft:N}, N times: the token of a `gt.PTuning(marker=...)`.
+        """
         parts: list[str] = []
         for one in self.segments:
             if one.kind in ("label", "mask"):
                 parts.append(answer)
+            elif one.kind == "soft":
+                parts.append(marker * one.length)
             else:
                 parts.append(texts[one.value] if one.kind == "text" else one.value)
         return "".join(parts)
