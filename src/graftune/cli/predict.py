@@ -28,7 +28,10 @@ def predict(
         int, typer.Option(help="Longest generated answer, in tokens.", min=1)
     ] = 128,
     base_only: Annotated[
-        bool, typer.Option("--base-only", help="Answer with the base, without the adapter.")
+        bool,
+        typer.Option(
+            "--base-only", help="Answer with the base, without the adapter or demonstrations."
+        ),
     ] = False,
     drop: Drop = None,
     as_json: AsJson = False,

@@ -25,6 +25,11 @@ def describe(plan: dict[str, Any]) -> str:
 
     parameters = plan.get("parameters") or {}
     trainable, share = parameters.get("trainable"), parameters.get("share")
+    if "shots" in plan:
+        return (
+            f"{plan['method']} on {plan['base']}: {words.number(plan['shots'])} demonstrations, "
+            f"{words.number(plan['total_steps'])} predictions"
+        )
     counted = f", {words.number(trainable)} parameters" if trainable else ""
     counted += f" ({words.percent(share)} of the base)" if share else ""
     return (
@@ -88,10 +93,8 @@ class Lines:
         if tenth > self._tenth:
             self._tenth = tenth
             fields = step_fields(state)
-            self._say(
-                f"step {step}/{total}  loss {fields['loss']}  rate {fields['rate']}  "
-                f"left {fields['left']}  peak {fields['peak']}"
-            )
+            parts = [f"{name} {said}" for name, said in fields.items() if said != "–"]
+            self._say("  ".join([f"step {step}/{total}", *parts]))
 
     def on_eval(self, metrics: dict[str, Any]) -> None:
         """Says an evaluation's metrics."""

@@ -76,6 +76,20 @@ def train(
             rich_help_panel=_METHOD,
         ),
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            help="Demonstrations in the prompt (--method in-context).", rich_help_panel=_METHOD
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="An adapter's run: after how many predictions is it cheaper than prompts "
+            "(--method in-context)?",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the data.", rich_help_panel=_TRAINING)
     ] = None,
@@ -144,6 +158,7 @@ def train(
       graftune train --base demo:minilm --data mail.csv --method lora --r 8
       graftune train --base ./model --data pairs.jsonl --method bitfit --epochs 5 --lr 1e-3
       graftune train --base demo:smollm2 --task instruct --data answers.jsonl --steps 200
+      graftune train --base demo:smollm2 --data mail.csv --method in-context --shots 8
       graftune train run.yaml --set train.lr=1e-3 --set method.dropout=0.1 --out runs/second
       graftune train run.yaml --dry-run       what it would do, and what is in the data
       graftune train runs/second/run.yaml --resume       after Ctrl-C or a crash
@@ -155,7 +170,7 @@ def train(
         "data.train": data, "data.validation": validation, "data.test": test,
         "data.columns.text": text, "data.columns.label": label, "data.max_length": max_length,
         "method": method, "method.r": r, "method.alpha": alpha, "method.dropout": dropout,
-        "method.targets": _targets(targets),
+        "method.targets": _targets(targets), "method.shots": shots, "method.against": against,
         "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
         "train.lr": lr, "train.seed": seed, "train.precision": precision,
     }  # fmt: skip
@@ -221,6 +236,7 @@ def show_result(result: RunResult, page: Path | None, as_json: bool) -> None:
         [
             ("trained", f"{words.number(parameters.get('trainable'))} parameters, "
                         f"{words.percent(parameters.get('share'))} of the base"),
+            *_costs(result),
             ("adapter", f"{result.adapter_path} ({words.size(result.adapter_bytes)})"),
             ("took", f"{words.duration(result.seconds)}, "
                      f"peak memory {words.size(result.peak_memory_bytes)}"),
@@ -228,6 +244,22 @@ def show_result(result: RunResult, page: Path | None, as_json: bool) -> None:
             ("next", f'graftune predict {result.run_dir} "some text"'),
         ]
     )  # fmt: skip
+
+
+def _costs(result: RunResult) -> list[tuple[str, str]]:
+    """Returns what a prediction took, and how prompts compare with an adapter, if known."""
+    from graftune.compare.report import break_even, words
+    from graftune.tasks.prompt_costs import per_prediction
+
+    seconds, tokens = per_prediction(result.costs), per_prediction(result.costs, "tokens")
+    if seconds is None or tokens is None:
+        return []
+    said = f"{words.moment(seconds)}, {tokens:,.0f} tokens"
+    alone = per_prediction(result.costs, "tokens_alone")
+    if alone is not None and alone > tokens:
+        said += f" ({alone:,.0f} without sharing)"
+    compared = break_even.sentence(result.to_dict())
+    return [("prediction", said), *([("cost", compared)] if compared else [])]
 
 
 def _run(settings: RunSettings, resume: bool, overwrite: bool, quiet: bool) -> RunResult:
@@ -267,6 +299,8 @@ def _show_plan(settings: RunSettings, as_json: bool) -> None:
         return
     print(_as_yaml(found["settings"]))
     screen.print_pairs([(f"data.{key}", value) for key, value in words.flatten(found["data"])])
+    if found.get("prompt"):
+        print(f"\nThe first question's prompt:\n\n{found['prompt']}\n")
     for note in found.get("notes", ()):
         print(note)
 

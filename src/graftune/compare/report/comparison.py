@@ -19,6 +19,7 @@ from graftune.compare.report.view import (
     split_of,
     trained_share,
 )
+from graftune.tasks.prompt_costs import per_prediction
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     wanted = [*words.MAIN_METRICS[:3], "macro_f1", "mcc", "perplexity", "loss"]
     keys = [key for key in wanted if any(key in scores_of(run) for run in runs)]
     columns = ["method", *(words.metric_name(key) for key in keys)]
+    timed = any(per_prediction(run.get("costs") or {}) is not None for run in runs)
     columns += ["trained", "share", "on disk", "time", "peak memory"]
+    columns += ["a prediction"] if timed else []
     rows = [
         [
             run_name(run),
@@ -90,6 +93,7 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             words.size(run.get("adapter_bytes") or None),
             words.duration(run.get("seconds")),
             words.size(run.get("peak_memory_bytes")),
+            *([words.moment(per_prediction(run.get("costs") or {}))] if timed else []),
         ]
         for run in runs
     ]

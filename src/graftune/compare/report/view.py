@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from graftune.compare.report import words
+from graftune.compare.report import break_even, words
 from graftune.compare.report.charts import Series, line_chart, thinned
 from graftune.compare.report.confusion import (
     MOST_CLASSES,
@@ -23,6 +23,7 @@ from graftune.compare.report.confusion import (
     worst_confusions,
 )
 from graftune.compare.report.heatmap import heat_map
+from graftune.tasks.prompt_costs import per_prediction
 
 Run = Mapping[str, Any]
 """A RunResult as JSON, plus "predictions": rows of its test set, where they were written."""
@@ -85,7 +86,7 @@ def run_view(run: Run) -> RunView:
         name=run_name(run),
         verdict=verdict(run),
         tiles=_tiles(run),
-        charts=_charts(run) + _heat_maps(run),
+        charts=_break_even(run) + _charts(run) + _heat_maps(run),
         labels=labels,
         matrix=cells(matrix, labels) if 0 < len(labels) <= MOST_CLASSES and matrix else [],
         classes=class_rows(matrix, labels) if matrix else [],
@@ -162,7 +163,7 @@ def verdict(run: Run) -> str:
     main = main_metric(run)
     name = run_name(run)
     if main is None:
-        return f"{name}: trained, not yet measured on held-out rows"
+        return f"{name}: {_done(run)}, not yet measured on held-out rows"
     key, value = main
     text = f"{name}: {words.metric_value(key, value)}"
     rows = rows_tested(run)
@@ -173,6 +174,10 @@ def verdict(run: Run) -> str:
     text += f" on {rows:,} {split_of(run)} rows" if rows else f" on the {split_of(run)} rows"
     share = trained_share(run)
     return f"{text}, {words.percent(share)} of the parameters trained" if share else text
+
+
+def _done(run: Run) -> str:
+    return "prompted" if run.get("kind") == "in-context" else "trained"
 
 
 def _tiles(run: Run) -> Rows:
@@ -189,10 +194,21 @@ def _tiles(run: Run) -> Rows:
         tiles.append(("adapter on disk", words.size(run["adapter_bytes"])))
     if run.get("base_bytes"):
         tiles.append(("base model's weights", words.size(run["base_bytes"])))
+    tiles += _costs(run)
     if run.get("seconds"):
         tiles.append(("whole run", words.duration(run["seconds"])))
     if run.get("peak_memory_bytes"):
         tiles.append(("peak memory", words.size(run["peak_memory_bytes"])))
+    return tiles
+
+
+def _costs(run: Run) -> Rows:
+    """Returns what one prediction took."""
+    costs = run.get("costs") or {}
+    seconds, tokens = per_prediction(costs), per_prediction(costs, "tokens")
+    tiles = [("a prediction", words.moment(seconds))] if seconds is not None else []
+    if tokens is not None:
+        tiles.append(("tokens run for a prediction", words.number(round(tokens, 1))))
     return tiles
 
 
@@ -227,6 +243,16 @@ def _charts(run: Run) -> list[Chart]:
         _chart("Gradient norm", (("gradient norm", points(run, "grad_norm")),), from_zero=True),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _break_even(run: Run) -> list[Chart]:
+    """Returns the costs of prompts beside those of the adapter they are compared with."""
+    lines = break_even.series(run)
+    if not lines:
+        return []
+    legend = tuple((one.name, one.colour) for one in lines)
+    note = break_even.sentence(run)
+    return [Chart("Cost", break_even.chart(run), legend, note[:1].upper() + note[1:] + ".")]
 
 
 def _heat_maps(run: Run) -> list[Chart]:

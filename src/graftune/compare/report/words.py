@@ -108,6 +108,18 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def moment(seconds: float | None) -> str:
+    """Returns a time span that may be far below a second.
+
+    Example:
+        >>> moment(0.0314), moment(4.26), moment(None)
+        ('31 ms', '4.3 s', '–')
+    """
+    if seconds is None or seconds >= 1 or not math.isfinite(seconds):
+        return duration(seconds)
+    return f"{seconds * 1000:.2g} ms" if seconds < 0.1 else f"{seconds * 1000:.0f} ms"
+
+
 def plain(value: Any) -> str:
     """Returns any JSON value as one short text for a table's cell."""
     if isinstance(value, bool):
