@@ -22,7 +22,7 @@ from graftune.composition import (
     trained_in,
 )
 from graftune.errors import AdapterError
-from graftune.sites.base import EmbeddingDelta, EmbeddingPlace
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, HiddenPlace
 from graftune.sites.embedding import takes_any_length
 from graftune.sites.plan import Plan
 from graftune.sites.tasks import checked_tasks, tasks_of_rows
@@ -183,7 +183,7 @@ def _check_prompts(state: Grafts, composition: Composition) -> None:
     members = composition.members if isinstance(composition, Rows) else copies_of(composition)
     lengths = {sum(_prompts(state, member)) for member in members}
     places = [g.place for a in state.adapters.values() for g in a.grafts]
-    for place in (p for p in places if isinstance(p, EmbeddingPlace)):
+    for place in (p for p in places if isinstance(p, EmbeddingPlace | HiddenPlace)):
         if len(lengths) > 1 and not takes_any_length(state.model, place):
             raise AdapterError(
                 f"Rows of this {type(state.model).__name__} must have prompts of one length, since "

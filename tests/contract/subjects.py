@@ -37,6 +37,12 @@ METHODS: dict[str, Method] = {
     "compacter": gt.Compacter(bottleneck=4, init="zero-up", phm_init_range=0.5),
     "compacterpp": gt.CompacterPlusPlus(bottleneck=4, init="zero-up", phm_init_range=0.5),
     "adapterplus": gt.AdapterPlus(reduction=8, init="zero-up"),
+    "mam": gt.MAM(length=3, hidden=8, bottleneck=4),
+    "unipelt": gt.UniPELT(length=3, hidden=8, bottleneck=4, r=2),
+    "union": gt.Union(methods=(gt.LoRA(r=2, targets="attention"), gt.IA3(targets=()))),
+    "loreft": gt.LoReFT(),
+    "noreft": gt.NoReFT(r=2, tied=True),
+    "direft": gt.DiReFT(r=2, prefix_positions=2),
     "prefix": gt.PrefixTuning(length=3, hidden=8),
     "ptuningv2": gt.PTuningV2(length=3, dropout=0.0),
     "llamaadapter": gt.LLaMAAdapter(length=3, layers=":"),
@@ -48,6 +54,8 @@ METHODS: dict[str, Method] = {
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
 NOT_LINEAR = (
+    "unipelt",
+    "mam",
     "gated",
     "houlsby",
     "pfeiffer",
@@ -55,6 +63,9 @@ NOT_LINEAR = (
     "compacter",
     "compacterpp",
     "adapterplus",
+    "loreft",
+    "noreft",
+    "direft",
     "prefix",
     "ptuningv2",
     "llamaadapter",
@@ -76,7 +87,9 @@ REFUSALS: dict[tuple[str, str, str], str] = {
         ("attach", m, f): "takes embeddings in place of"
         for m in LONGER_ROWS
         for f in ("whisper", "vit", "swin", "clip")
+        if (m, f) != ("prompt", "vit")
     },
+    ("rows", "prompt", "vit"): "prompts of one length",
     **{("rows", m, "bart"): "prompts of one length" for m in LONGER_ROWS},
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},
     **{("rows", "said", family): "changes whole weights" for family in FAMILIES},

@@ -99,6 +99,15 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         layers=layers,
         train_head=heads,
     ),
+    "UniPELT": lambda: st.builds(
+        gt.UniPELT,
+        length=st.integers(1, 99),
+        r=st.integers(1, 99),
+        gate=st.sampled_from([None, "auto", "mean-padded"]),
+        submodules=st.sampled_from([("prefix", "adapter"), ("lora",), ("lora", "prefix")]),
+        layers=layers,
+        train_head=heads,
+    ),
     "Union": lambda: st.builds(
         gt.Union,
         methods=st.just((gt.LoRA(r=2), gt.BitFit())) | st.just(({"name": "ia3", "layers": [1]},)),

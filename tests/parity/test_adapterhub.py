@@ -46,10 +46,7 @@ OVER_N_TWICE = "AdapterHub's bug: Average divides by the number of members twice
 CHAIN = "AdapterHub's Stack of LoRAs is a chain, the second reading the first's change; ours adds"
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
-        (
-            *("prompt_tuning", "prompt_tuning_after_bos"),
-            *("loreft", "noreft", "direft_tied"),
-        ),
+        (*("loreft", "noreft", "direft_tied"),),
         NO_METHOD,
     ),
     **dict.fromkeys((f"t5/{case}" for case in PREFIXES), SHIFTED),

@@ -45,6 +45,10 @@ RUN_ORDER: tuple[tuple[str, ...], ...] = (
 )
 """Names of a block's norms in the order they run, where the block registers them in another."""
 
+HIDDEN_PROMPTS = ("bert", "roberta", "xlm-roberta", "vit")
+"""Types whose blocks take tokens behind the embedding layer as they come: positions are in what
+that layer answers, and nothing after it counts them."""
+
 OWN_SOFTMAX = ("bloom", "deberta-v2")
 """Types whose attentions ask no attention function, and compute softmax as `sites.softmax` sees."""
 

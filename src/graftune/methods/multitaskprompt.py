@@ -69,6 +69,7 @@ class MultitaskPromptTuning(PromptTuning):
     paper: ClassVar[str] = (
         "Wang et al. 2023, Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning"
     )
+    enters_blocks: ClassVar[bool] = False
     summary: ClassVar[str] = "One prompt for many tasks, scaled for each by two vectors."
 
     tasks: int = 1

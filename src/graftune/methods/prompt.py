@@ -12,14 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from graftune.anatomy import Anatomy
+from graftune.anatomy import Anatomy, table
 from graftune.errors import SettingsError
 from graftune.methods._soft_prompts import POSITIONS, Prompt, PromptPlace, SoftPrompt
 from graftune.methods.base import register
 from graftune.sites import hosts
 from graftune.sites.base import EmbeddingDelta, Graft
+from graftune.sites.hidden_prompt import hidden_entrance
 
 
 @register
@@ -36,6 +38,8 @@ class PromptTuning(SoftPrompt):
     )
     summary: ClassVar[str] = "Trained embeddings of virtual tokens before the text."
     default_lr: ClassVar[float] = 3e-2
+    enters_blocks: ClassVar[bool] = True
+    """Whether its virtual tokens may enter behind the embedding layer."""
 
     length: int = 20
     """m: virtual tokens."""
@@ -45,6 +49,12 @@ class PromptTuning(SoftPrompt):
     """Token ids: "text" repeats or cuts them to the length, "class_labels" draws the rest."""
     position: str | None = None
     """Where: "front" or "after-first" (token); None is after an encoder's [CLS], else in front."""
+    enters: str | None = None
+    """At the "tokens", or behind the embedding layer, at the "blocks"; None is "blocks" for images
+    alone. There "vocabulary" is "random" if there is no vocabulary."""
+    stays: bool = False
+    """At the "blocks": leave it in the body's answer, so that a head that reads the first token
+    reads a virtual one where they come in front, as AdapterHub's do."""
 
     def check(self) -> None:
         """See `Method.check`."""
@@ -52,6 +62,12 @@ class PromptTuning(SoftPrompt):
         self._check_choice("init", ("vocabulary", "random", "text", "class_labels"))
         if self.position is not None:
             self._check_choice("position", POSITIONS)
+        if self.enters is not None:
+            self._check_choice("enters", ("tokens", "blocks"))
+        if self.enters == "blocks" and not self.enters_blocks:
+            raise SettingsError(f'{self.name}: enters="blocks" is for PromptTuning alone.')
+        if self.stays and self.enters != "blocks":
+            raise SettingsError(f'{self.name}: stays goes with enters="blocks" alone.')
         wants = self.init in ("text", "class_labels")
         if wants != bool(self.init_tokens):
             raise SettingsError(
@@ -67,6 +83,8 @@ class PromptTuning(SoftPrompt):
         Raises:
             SettingsError: a model without token embeddings, or with too few positions or tokens.
         """
+        if self._is_hidden(anatomy):
+            return [self._hidden(model, anatomy, empty)]
         found = PromptPlace.of(self.name, model, anatomy, self.position)
         found.check_room(self.name, model, self.length)
         start = found.empty(self.length, found.width)
@@ -76,7 +94,31 @@ class PromptTuning(SoftPrompt):
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: m d."""
+        if self._is_hidden(anatomy):
+            return self.length * anatomy.blocks[0].width
         return self.length * PromptPlace.of(self.name, model, anatomy).width
+
+    def _is_hidden(self, anatomy: Anatomy) -> bool:
+        if not self.enters_blocks:
+            return False
+        if self.enters is None:
+            return anatomy.model_type in table.HIDDEN_PROMPTS and anatomy.stacks[0].kind == "vision"
+        return self.enters == "blocks"
+
+    def _hidden(self, model: nn.Module, anatomy: Anatomy, empty: bool) -> Graft:
+        """Returns the graft behind the embedding layer."""
+        place = hidden_entrance(self.name, model, anatomy)
+        host = model.get_submodule(place.embeddings)
+        start = torch.empty(self.length, anatomy.blocks[0].width, **hosts.delta_options(host))
+        if not empty and anatomy.stacks[0].kind != "vision":
+            start = self._start(PromptPlace.of(self.name, model, anatomy, self.position), start)
+        elif not empty:
+            start.uniform_(-0.5, 0.5)
+            if self.init_tokens:
+                raise SettingsError(f"{self.name}: images have no tokens to start from.")
+        delta = self._delta(start, self.position != "front", empty)
+        delta.stays = self.stays
+        return Graft(place, delta)
 
     def _delta(self, tokens: Tensor, is_after_first: bool, empty: bool) -> EmbeddingDelta:
         return Prompt(tokens, is_after_first)

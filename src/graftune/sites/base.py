@@ -10,7 +10,8 @@
         │   └── intents: bias: OwnValue
         ├── sublayer: SublayerSite       h -> delta(h, x), h on its way to the residual sum
         ├── attention: AttentionSite     more keys and values, below the attention itself
-        └── embedding: EmbeddingSite     virtual tokens among those that enter the body
+        ├── embedding: EmbeddingSite     virtual tokens among those that enter the body
+        └── hidden: HiddenPromptSite     virtual tokens behind its embedding layer
 
 Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
 """
@@ -209,6 +210,8 @@ class EmbeddingDelta(Delta):
 
     length: int
     is_after_first: bool = False
+    stays: bool = False
+    """Whether it stays in what the body answers (behind the embedding layer alone)."""
     marker: int | None = None
     tasks: int = 0
 
@@ -245,6 +248,22 @@ class EmbeddingPlace(PlaceBeside):
     """The body: takes `input_ids` or `inputs_embeds`."""
     reader: str | None = None
     """The decoder that attends to what the body answers, of an encoder-decoder."""
+
+    @property
+    def key(self) -> str:
+        """What the names of the tensors at this place begin with."""
+        return f"{self.module}.prompt" if self.module else "prompt"
+
+
+@dataclass(frozen=True)
+class HiddenPlace(PlaceBeside):
+    """Behind the embedding layer of a body."""
+
+    site: ClassVar[str] = "hidden"
+    module: str
+    """The body."""
+    embeddings: str
+    """Its embedding layer."""
 
     @property
     def key(self) -> str:
@@ -337,7 +356,7 @@ class SublayerPlace(PlaceBeside):
         return f"{self.name}.adapter"
 
 
-Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace | EmbeddingPlace
+Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace | EmbeddingPlace | HiddenPlace
 
 
 @dataclass(eq=False)
@@ -460,7 +479,7 @@ class Site(nn.Module):
         for steps, at in self.mixed_rows(value.shape[0], value.device):
             part = taken(value, at)
             if self.acts(steps):
-                with masks.of_rows(at):
+                with masks.of_rows(at, value.shape[0]):
                     part, is_changed = change(steps, at, part), True
             parts.append((at, part))
         return joined(parts) if is_changed else value

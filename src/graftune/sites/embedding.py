@@ -25,7 +25,15 @@ from graftune.anatomy import Anatomy
 from graftune.anatomy.modules import leaf, parent
 from graftune.composition import Mean, Steps, names_in
 from graftune.errors import AdapterError, SettingsError
-from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft, Site, base_modules
+from graftune.sites import masks
+from graftune.sites.base import (
+    EmbeddingDelta,
+    EmbeddingPlace,
+    Graft,
+    HiddenPlace,
+    Site,
+    base_modules,
+)
 from graftune.sites.kept import Kept, thread_id
 from graftune.sites.marked import filled
 from graftune.sites.plan import RowsAt, joined, taken
@@ -156,7 +164,7 @@ class EmbeddingSite(Site):
                 setattr(value, MARK, woven)
         if self.reads:
             return None
-        return _shorter(host, output, woven, at, length)
+        return shorter(host, output, woven, at, length)
 
     def extend(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Lets a decoder's mask of what the encoder saw cover the prompt. A forward pre-hook.
@@ -226,7 +234,7 @@ class EmbeddingSite(Site):
         tokens: Tensor | None,
     ) -> dict[str, Any]:
         mask = given.get("attention_mask")
-        _check_mask(mask)
+        check_mask(mask)
         at = woven.at(mask, len(ids), ids.device)
         tokens = _tokens(host, ids) if tokens is None else tokens
         changed: dict[str, Any] = {"inputs_embeds": woven.into(woven.prompt, tokens, at)}
@@ -240,6 +248,7 @@ class EmbeddingSite(Site):
             mask = torch.ones_like(ids)
         if mask is not None:
             changed["attention_mask"] = woven.mask(mask, at)
+            masks.woven(given.get("attention_mask"), changed["attention_mask"])
         types = given.get("token_type_ids")
         if types is not None:
             none = types.new_zeros(len(ids), woven.most)
@@ -282,13 +291,14 @@ class EmbeddingSite(Site):
         woven: Woven = mark
         changed: dict[str, Any] = {}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        _check_mask(mask)
+        check_mask(mask)
         ids = _ids(given)
         known = _length(given["past_key_values"]) - woven.most  # real tokens
         if mask is None and woven.lengths is not None:
             mask = ids.new_ones(len(ids), known + ids.shape[1])
         if mask is not None:
             changed["attention_mask"] = woven.mask(mask, woven.at(mask, len(mask), mask.device))
+            masks.woven(given.get("attention_mask"), changed["attention_mask"])
         if positions is None and woven.lengths is not None:
             positions = self._counted(known, ids)
         if positions is not None:
@@ -395,8 +405,10 @@ def entrance(method: str, model: nn.Module, anatomy: Anatomy) -> EmbeddingPlace:
     )
 
 
-def takes_any_length(model: nn.Module, place: EmbeddingPlace) -> bool:
+def takes_any_length(model: nn.Module, place: EmbeddingPlace | HiddenPlace) -> bool:
     """Whether rows of a batch may have prompts of different lengths, or none."""
+    if isinstance(place, HiddenPlace):
+        return False
     body = model.get_submodule(place.module)
     reads = inspect.signature(body.forward).parameters
     return "position_ids" in reads or PositionTable.of(body).limit is None
@@ -436,7 +448,8 @@ def _ids(given: dict[str, Any]) -> Tensor:
     return ids
 
 
-def _check_mask(mask: Any) -> None:
+def check_mask(mask: Any) -> None:
+    """Raises AdapterError unless a mask is one of rows and tokens, or None."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise AdapterError(
@@ -452,7 +465,7 @@ def _values(output: Any) -> Iterator[Any]:
         yield from dict(output).values()
 
 
-def _shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int) -> Any:
+def shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int) -> Any:
     """Returns a body's answer without the virtual tokens' hidden states."""
 
     def cut(value: Any) -> Any:

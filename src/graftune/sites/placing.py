@@ -14,6 +14,7 @@ from graftune.sites.base import (
     Deltas,
     EmbeddingPlace,
     Graft,
+    HiddenPlace,
     LinearPlace,
     ParameterPlace,
     Place,
@@ -22,6 +23,7 @@ from graftune.sites.base import (
     base_modules,
 )
 from graftune.sites.embedding import EmbeddingSite
+from graftune.sites.hidden_prompt import HiddenPromptSite
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.plan import ALWAYS
@@ -142,6 +144,8 @@ def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
         return kind(active, layer)
     if isinstance(place, EmbeddingPlace):
         return EmbeddingSite(active)
+    if isinstance(place, HiddenPlace):
+        return HiddenPromptSite(active)
     assert isinstance(place, LinearPlace)
     if place.side == "input":
         return InputSite(active, layer)

@@ -1,0 +1,112 @@
+"""The hidden-prompt site: virtual tokens behind the embedding layer, where the blocks begin.
+
+    ids, pixels ──[embeddings]── [E_1 ; P ; E_2 ..] ── blocks ── [h_1 ; h_P ; h_2 ..] ──── h
+
+So images have them too (VPT, shallow), and text that gets them here gives them no position and no
+norm, as AdapterHub's prompts have none. Real tokens stay as the embedding layer made them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftune.anatomy import Anatomy, table
+from graftune.anatomy.modules import parent
+from graftune.errors import AdapterError, SettingsError
+from graftune.sites import masks
+from graftune.sites.base import Graft, HiddenPlace, Site
+from graftune.sites.embedding import EmbeddingSite, check_mask, shorter
+from graftune.sites.kept import thread_id
+
+
+class HiddenPromptSite(EmbeddingSite):
+    """Deltas among what the embedding layer of one body answers."""
+
+    def hook(self, host: nn.Module) -> None:
+        """Registers `before` and `after`."""
+        self.arguments = tuple(inspect.signature(host.forward).parameters)
+        self.handles = [
+            host.register_forward_pre_hook(self.before, with_kwargs=True),
+            host.register_forward_hook(self.after),
+        ]
+
+    watches_embeddings: bool = False
+    """Whether `weave` is registered."""
+
+    def take(self, model: nn.Module, name: str, graft: Graft) -> None:
+        """See `Site.take`: also puts its virtual tokens into what the embedding layer answers."""
+        assert isinstance(graft.place, HiddenPlace)
+        Site.take(self, model, name, graft)
+        if not self.watches_embeddings:
+            self.watches_embeddings = True
+            layer = model.get_submodule(graft.place.embeddings)
+            self.handles.append(layer.register_forward_hook(self.weave))
+
+    def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Lets the mask cover the virtual tokens. A forward pre-hook of the body."""
+        self.kept.pop(("woven", thread_id()), None)
+        if not self._acts_now():
+            return None
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        first = next(value for value in given.values() if isinstance(value, Tensor))
+        woven = self._woven(len(first), first.device)
+        if woven is None:
+            return None
+        if woven.lengths is not None:
+            raise AdapterError("Virtual tokens behind the embedding layer are as many in each row.")
+        mask = given.get("attention_mask")
+        check_mask(mask)
+        at = woven.at(mask, len(first), first.device)
+        self.kept["woven", thread_id()] = (woven, at, None)
+        if mask is not None:
+            given["attention_mask"] = woven.mask(mask, at)
+            masks.woven(mask, given["attention_mask"])
+        return (), given
+
+    def weave(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Puts the virtual tokens among the embedded ones. A hook of the embedding layer."""
+        found = self.kept.get(("woven", thread_id()))
+        if found is None or found[2] is not None:
+            return None
+        woven, at, _ = found
+        self.kept["woven", thread_id()] = (woven, at, output.shape[1])
+        return woven.into(woven.prompt, output, at)
+
+    def after(self, host: nn.Module, args: Any, output: Any) -> Any:
+        """Takes the virtual tokens out again, unless heads are to read them. A forward hook."""
+        found = self.kept.pop(("woven", thread_id()), None)
+        if found is None:
+            return None
+        woven, at, length = found
+        return None if self._keeps() else shorter(host, output, woven, at, length)
+
+    def _keeps(self) -> bool:
+        """Whether the active prompts stay in what the body answers."""
+        names = self.active.current().names
+        deltas: list[Any] = [self._modules[name] for name in names if name in self._modules]
+        found = {bool(delta.stays) for delta in deltas}
+        if len(found) > 1:
+            raise AdapterError(
+                "Prompts that act together must all stay in the answer, or none (stays=)."
+            )
+        return found.pop() if found else False
+
+
+def hidden_entrance(method: str, model: nn.Module, anatomy: Anatomy) -> HiddenPlace:
+    """Returns the body whose embedding layer virtual tokens come behind, and that layer.
+
+    Raises:
+        SettingsError: the model's isn't known to take them.
+    """
+    if anatomy.model_type not in table.HIDDEN_PROMPTS:
+        raise SettingsError(
+            f"{method}: virtual tokens behind the embedding layer are known to fit models of type "
+            f"{', '.join(table.HIDDEN_PROMPTS)}, found {anatomy.model_type}."
+        )
+    path = anatomy.stacks[0].blocks[0].path
+    while path and "embeddings" not in model.get_submodule(path := parent(path))._modules:
+        pass
+    return HiddenPlace(path, f"{path}.embeddings" if path else "embeddings")
