@@ -307,6 +307,8 @@ NOT_IN_PEFT: dict[str, tuple[str, str, dict[str, Any], str]] = {
         *("bert", "default"),
         *({"position": "front"}, "read the first virtual token"),
     ),
+    "behind the embeddings": ("bert", "default", {"enters": "blocks"}, "enters behind their emb"),
+    "images": ("vit", "default", {}, "enters behind their embeddings"),
     "a classifier with its head left alone": (
         *("llama", "classification"),
         *({"train_head": False}, "has none for this LlamaForSequenceClassification and its heads"),
