@@ -82,6 +82,14 @@ def train(
             help="Demonstrations in the prompt (--method in-context).", rich_help_panel=_METHOD
         ),
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help='How a row is written in a prompt, as "{text} It was {label}." (--method '
+            "in-context).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -171,6 +179,7 @@ def train(
         "data.columns.text": text, "data.columns.label": label, "data.max_length": max_length,
         "method": method, "method.r": r, "method.alpha": alpha, "method.dropout": dropout,
         "method.targets": _targets(targets), "method.shots": shots, "method.against": against,
+        "method.template": template,
         "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
         "train.lr": lr, "train.seed": seed, "train.precision": precision,
     }  # fmt: skip

@@ -81,16 +81,23 @@ def read_settings_file(path: str | Path) -> SettingsFile:
 
 
 def parse_value(text: str) -> Any:
-    """Returns a command-line value as YAML reads it.
+    """Returns a command-line value as YAML reads it; a text stays as it is, with what YAML folds.
 
     Example:
         >>> parse_value("1e-3"), parse_value("[query, value]"), parse_value("null")
         (0.001, ['query', 'value'], None)
+        >>> parse_value("Text: {text} # good?"), parse_value("# {text}"), parse_value('" a"')
+        ('Text: {text} # good?', '# {text}', ' a')
     """
+    bare = text.strip()
     try:
-        return yaml.load(text, Loader=_Loader)
+        found = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
+    is_text = isinstance(found, str) and bare[:1] not in ("'", '"')
+    is_sentence = isinstance(found, dict) and not bare.startswith("{")
+    is_comment = found is None and bare.startswith("#")
+    return bare if is_text or is_sentence or is_comment else found
 
 
 def dump(values: dict[str, Any]) -> str:
