@@ -220,7 +220,7 @@ class AttentionSite(Site):
             return self._changed(plan.steps, call) if self.holds(plan.steps) else call.run()
         parts: list[tuple[RowsAt, Tensor]] = []
         for steps, at in self.mixed_rows(call.query.shape[0], call.query.device):
-            with masks.of_rows(at):
+            with masks.of_rows(at, call.query.shape[0]):
                 parts.append((at, self._changed(steps, call.rows(at))[0]))
         return joined(parts), None
 

@@ -2,6 +2,7 @@
 
     model(input_ids, attention_mask)        noted by thread, for the stack that they mask
     delta: masks.real("encoder", x)         (rows, tokens) of what it sees, None where all are real
+           masks.before("decoder")          how many tokens the cache held when the pass began
 
 Nothing is noted unless an attached delta asks for it. What checkpoints recompute sees the masks of
 its own pass.
@@ -12,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
@@ -32,10 +34,16 @@ class Noted:
     Attributes:
         by_stack: `(B, n)` by the kind of stack; None where it has none.
         at: the rows of the batch that are looked at now; None for all.
+        batch: how many rows there are, where `at` is given: B, or a multiple where it is copied.
+        before: tokens in the cache when the pass began, by the kind of stack.
+        found: what was found out in this pass already.
     """
 
     by_stack: Mapping[str, Any]
     at: RowsAt | None = None
+    batch: int = 0
+    before: Mapping[str, int] = field(default_factory=dict[str, int])
+    found: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
 
 _NOTHING = Noted({})
@@ -57,18 +65,34 @@ def seen_as(masks: Noted) -> Iterator[None]:
         _now.noted = before
 
 
-def of_rows(at: RowsAt) -> contextlib.AbstractContextManager[None]:
-    """Lets `real` answer for some rows of the batch until the block ends."""
-    before = noted()
-    return seen_as(replace(before, at=at)) if before.by_stack else contextlib.nullcontext()
+def of_rows(at: RowsAt, batch: int) -> contextlib.AbstractContextManager[None]:
+    """Lets `real` answer for some rows of a batch until the block ends."""
+    now = noted()
+    if not now.by_stack:
+        return contextlib.nullcontext()
+    return seen_as(replace(now, at=at, batch=batch))
 
 
 def woven(old: Any, new: Tensor) -> None:
     """Puts the mask of a longer sequence in the place of the one it was made from."""
-    masks = noted()
-    if any(mask is old for mask in masks.by_stack.values()):
-        by_stack = {k: new if mask is old else mask for k, mask in masks.by_stack.items()}
-        _now.noted = replace(masks, by_stack=by_stack)
+    now = noted()
+    stack = next((stack for stack, mask in now.by_stack.items() if mask is old), None)
+    if stack is not None:
+        _now.noted = replace(now, by_stack={**now.by_stack, stack: new}, found={})
+
+
+def before(stack: str) -> int:
+    """Returns how many tokens of a stack the cache held when the pass began."""
+    return noted().before.get(stack, 0)
+
+
+def once(key: Any, find: Callable[[], Any]) -> Any:
+    """Returns what `find` does, called once a pass (and rows) for all that ask by one key."""
+    now, at = noted(), noted().at
+    rows = (at.start, at.stop) if isinstance(at, slice) else at if at is None else id(at)
+    if (key, rows) not in now.found:
+        now.found[key, rows] = find()
+    return now.found[key, rows]
 
 
 def real(stack: str, x: Tensor) -> Tensor | None:
@@ -81,35 +105,86 @@ def real(stack: str, x: Tensor) -> Tensor | None:
     Raises:
         AdapterError: the mask doesn't say it of these tokens.
     """
-    masks = noted()
-    mask = masks.by_stack.get(stack)
+    mask = whole(stack, x, "A gate that is a mean over real tokens", ' Take gate="token".')
+    return None if mask is None else mask[:, mask.shape[1] - x.shape[1] :]
+
+
+def whole(stack: str, x: Tensor, asks: str, mend: str = "") -> Tensor | None:
+    """Returns which tokens are real as `real`, but also of those before, which a cache holds.
+
+    Args:
+        stack: its kind.
+        x: what is looked at, `(rows, tokens, width)`.
+        asks: who asks, for the message.
+        mend: what to do then, for its end.
+
+    Raises:
+        AdapterError: the mask doesn't say it of these tokens.
+    """
+    mask = of_those_rows(noted().by_stack.get(stack), x.shape[0])
     if mask is None:
         return None
-    fits = isinstance(mask, Tensor) and mask.ndim == 2
-    if fits and masks.at is not None:
-        mask = taken(mask, masks.at)
-    if not fits or x.ndim != 3 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+    shape = (x.shape[0], before(stack) + x.shape[1]) if x.ndim == 3 else ()
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise AdapterError(
-            f"A gate that is a mean over real tokens needs an attention_mask of (rows, tokens) for "
-            f'what it sees, {tuple(x.shape)}; found {found}. Take gate="token".'
+            f"{asks} needs an attention_mask of (rows, tokens) for what it sees, "
+            f"{tuple(x.shape)}; found {found}.{mend}"
         )
-    return mask[:, mask.shape[1] - x.shape[1] :] != 0
+    return mask != 0
+
+
+def visible(stack: str, x: Tensor) -> Tensor | None:
+    """Returns what each row's last token attends to, `(rows, n)`, where the mask says that alone.
+
+    In passes that go on with a static cache, transformers gives models masks of attention,
+    `(rows, 1, tokens, n)`, or one for each kind of attention.
+    """
+    mask = noted().by_stack.get(stack)
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    mask = of_those_rows(mask, x.shape[0])
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    return mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+
+
+def of_those_rows(mask: Any, rows: int) -> Any:
+    """Returns a mask's rows that are looked at now, repeated where the batch was copied."""
+    now = noted()
+    if not isinstance(mask, Tensor):
+        return mask
+    batch = now.batch if now.at is not None else rows
+    if mask.shape[0] and batch > mask.shape[0] and batch % mask.shape[0] == 0:
+        mask = mask.repeat(batch // mask.shape[0], *[1] * (mask.ndim - 1))
+    return mask if now.at is None else taken(mask, now.at)
 
 
 class Watch:
-    """Notes the masks that one module is given."""
+    """Notes the masks that one module is given.
 
-    def __init__(self, module: nn.Module, stacks: Mapping[str, str], is_start: bool) -> None:
-        self.stacks, self.is_start = stacks, is_start
+    Args:
+        module: which.
+        stacks: the kind of stack by the argument that is its mask.
+        cached: the kind of stack whose tokens the module's cache holds, if any.
+        is_start: whether a pass begins with it.
+    """
+
+    def __init__(
+        self, module: nn.Module, stacks: Mapping[str, str], cached: str | None, is_start: bool
+    ) -> None:
+        self.stacks, self.cached, self.is_start = stacks, cached, is_start
         self.order = tuple(inspect.signature(module.forward).parameters)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes them. A forward pre-hook."""
         given = dict(zip(self.order, args, strict=False)) | kwargs
         found = {stack: given.get(argument) for argument, stack in self.stacks.items()}
-        before = {} if self.is_start else noted().by_stack
-        _now.noted = Noted({**before, **found})
+        now = _NOTHING if self.is_start else noted()
+        lengths, cache = dict(now.before), given.get("past_key_values")
+        if self.cached is not None and cache is not None:
+            lengths[self.cached] = int(cache.get_seq_length())
+        _now.noted = Noted({**now.by_stack, **found}, before=lengths)
 
 
 def watch(model: nn.Module, anatomy: Anatomy) -> list[Any]:
@@ -119,11 +194,12 @@ def watch(model: nn.Module, anatomy: Anatomy) -> list[Any]:
     stacks = {"attention_mask": kinds[0]} if kinds else {}
     if both:
         stacks = {"attention_mask": "encoder", "decoder_attention_mask": "decoder"}
+    cached = "decoder" if both else next(iter(kinds), None)
     body: Any = getattr(model, "base_model", model)
-    watches = {module: Watch(module, stacks, is_start=True) for module in (body, model)}
+    watches = {module: Watch(module, stacks, cached, is_start=True) for module in (body, model)}
     if both:  # generate runs the encoder by itself
         encoder: Any = body.get_encoder()
-        watches[encoder] = Watch(encoder, {"attention_mask": "encoder"}, is_start=False)
+        watches[encoder] = Watch(encoder, {"attention_mask": "encoder"}, None, is_start=False)
     return [
         module.register_forward_pre_hook(one.see, with_kwargs=True, prepend=True)
         for module, one in watches.items()
