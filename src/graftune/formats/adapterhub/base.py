@@ -60,6 +60,10 @@ class Kind:
         """Whether settings are of this kind."""
         raise NotImplementedError
 
+    def left_out(self, config: Mapping[str, Any], anatomy: Anatomy) -> tuple[int, ...]:
+        """Returns the blocks that have nothing, of checked settings."""
+        return tuple(config["leave_out"])
+
     def planned(self, reading: Reading, heads: Sequence[str]) -> tuple[Method, list[Graft]]:
         """Returns the method that a directory means, and its grafts, filled.
 

@@ -74,7 +74,7 @@ def settings(adapter: Adapter, method: BottleneckMethod) -> dict[str, Any]:
         "ln_after": method.norm_after,
         "ln_before": method.norm_before,
         "mh_adapter": "attention" in kinds,
-        "non_linearity": _activation(method.activation),
+        "non_linearity": activation_name(method.activation),
         "output_adapter": "ffn" in kinds,
         "reduction_factor": _reduction(adapter, method),
         "scaling": method.scale if isinstance(method.scale, str) else float(method.scale),
@@ -122,7 +122,12 @@ def _flags(adapter: Adapter, method: BottleneckMethod) -> dict[str, Any]:
     return found | {"residual_before_ln": skips[method.skips]}
 
 
-def _activation(ours: str) -> str:
+def activation_name(ours: str) -> str:
+    """Returns AdapterHub's name of an activation.
+
+    Raises:
+        FormatError: it has none.
+    """
     names = {"gelu_tanh": "gelu_new", "silu": "swish", "leaky_relu": "leakyrelu"}
     name = names.get(ours, next((t for t, o in ACTIVATIONS.items() if o == ours), None))
     if name is None:

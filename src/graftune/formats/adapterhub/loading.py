@@ -87,7 +87,7 @@ def load(model: nn.Module, saved: Saved, name: str, choices: Choices) -> Adapter
     parts = anatomy_of(model)
     tensors = names.sort(saved.tensors, parts, folder.name, where, base)
     if kind.in_every_block:
-        names.check_even(tensors, parts, config["leave_out"], where, base)
+        names.check_even(tensors, parts, kind.left_out(config, parts), where, base)
     head = head_files.Head()
     if choices.head and folder.head is not None:
         head = head_files.read(folder.head.config, saved.head, model, parts, where)

@@ -23,9 +23,10 @@ from graftune.formats.tensors import listed
 
 _HOLDERS = (
     *("adapters", "attention_text_task_adapters", "attention_text_lang_adapters"),
-    *("layer_text_task_adapters", "layer_text_lang_adapters", "loras", "adapter_fusion_layer"),
+    *("layer_text_task_adapters", "layer_text_lang_adapters"),
+    *("loras", "refts", "adapter_fusion_layer"),
 )
-"""What tensors of an adapter hang below; all but the first and the last two are old names."""
+"""What tensors of an adapter hang below; all but the first and the last three are old names."""
 _NAME = re.compile(
     rf"(?P<module>.+?)\.(?P<holder>{'|'.join(_HOLDERS)})\.(?P<name>[^.]+)\.(?P<tensor>.+)"
 )

@@ -76,6 +76,11 @@ def attention_home(anatomy: Anatomy, module: str) -> str:
     return f"{_block(anatomy, block)}.attention.attention"
 
 
+def reft_home(anatomy: Anatomy, block: Block) -> str:
+    """Returns what the interventions of a block hang on."""
+    return f"{_block(anatomy, block)}.reft_layer"
+
+
 def _block(anatomy: Anatomy, block: Block) -> str:
     if anatomy.model_type == VIT:
         return _VIT_LAYERS.sub(r"\1encoder.layer.", block.path)

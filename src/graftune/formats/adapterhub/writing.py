@@ -23,6 +23,7 @@ from graftune.formats.adapterhub import (
     paths,
     prefix_writing,
     prompt_writing,
+    reft_writing,
 )
 from graftune.formats.adapterhub.folder import HEAD, WEIGHTS
 from graftune.formats.atomic import replacing
@@ -44,7 +45,7 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     """Writes an adapter's directory as AdapterHub does, and returns its path.
 
     Args:
-        adapter: of bottlenecks, LoRA, (IA)^3, prefixes, prompts, or several of them.
+        adapter: of bottlenecks, LoRA, (IA)^3, prefixes, prompts, ReFTs, or several of them.
         path: a new or empty folder.
 
     Raises:
@@ -88,7 +89,8 @@ def _content(adapter: Adapter) -> Content:
         parts = [_content(share) for share in adapter.method.alone(adapter)]
         tensors = {name: tensor for _, own in parts for name, tensor in own.items()}
         return {"architecture": "union", "configs": [settings for settings, _ in parts]}, tensors
-    for part in (bottleneck_writing, low_rank_writing, prefix_writing, prompt_writing):
+    parts = (bottleneck_writing, low_rank_writing, prefix_writing, prompt_writing, reft_writing)
+    for part in parts:
         found = part.content(adapter)
         if found is not None:
             return found
