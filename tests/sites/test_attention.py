@@ -19,7 +19,6 @@ import graftune as gt
 from graftune.errors import AdapterError
 from graftune.sites.attention import Call, asks_the_registry, registered
 from graftune.sites.prefixes import Prefix
-from graftune.sites.prefixes import Prefix
 from tests.contract.subjects import logits
 from tests.families import FAMILIES
 
