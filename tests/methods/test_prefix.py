@@ -162,3 +162,54 @@ def test_a_model_without_such_an_attention_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"no block of this Bert\w+ has cross-attention"):
         gt.attach(model, gt.PrefixTuning(sublayers=("cross-attention",)))
     assert gt.adapters(model) == {}
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_shifted_keys_have_the_biases_of_their_places_behind_the_prefix(
+    stack: str, block: int
+) -> None:
+    model: Any = FAMILIES["t5"].build()
+    method = gt.PrefixTuning(length=3, hidden=None, shift_keys=True)
+    adapter = gt.attach(model, method, "task", seed=1)
+    path = f"{stack}.block.{block}.layer.0.SelfAttention"
+    host, first = (model.get_submodule(p) for p in (path, path.replace(f".{block}.", ".0.", 1)))
+    seen: dict[str, Tensor] = {}
+    for name in ("q", "k", "v"):
+        host.get_submodule(name).register_forward_hook(
+            lambda _, args, y, name=name: seen.update({name: y})
+        )
+    host.o.register_forward_pre_hook(lambda _, args: seen.update(answer=args[0]))
+    with torch.no_grad():
+        model(**FAMILIES["t5"].inputs())
+    own = {n.removeprefix(f"{path}.prefix."): t for n, t in adapter.state_dict().items()}
+    heads, length = model.config.num_heads, seen["q"].shape[1]
+    q, k, v = (seen[n][0].unflatten(-1, (heads, -1)).transpose(0, 1) for n in ("q", "k", "v"))
+    before = [own[n].unflatten(-1, (heads, -1)).transpose(0, 1) for n in ("key", "value")]
+    keys, values = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+    relative = torch.arange(length + 3)[None] - torch.arange(length)[:, None]
+    buckets = host._relative_position_bucket(
+        relative,
+        bidirectional=stack == "encoder",
+        num_buckets=model.config.relative_attention_num_buckets,
+        max_distance=model.config.relative_attention_max_distance,
+    )
+    scores = q @ keys.transpose(1, 2) + first.relative_attention_bias(buckets).permute(2, 0, 1)
+    if stack == "decoder":
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(torch.nn.functional.pad(hidden, (3, 0)), float("-inf"))
+    expected = (scores.softmax(-1) @ values).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(seen["answer"][0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_are_shifted_for_the_adapters_that_ask_for_it_alone() -> None:
+    model, inputs = FAMILIES["t5"].build(), FAMILIES["t5"].inputs()
+    plain = gt.PrefixTuning(length=3, hidden=None)
+    gt.attach(model, plain, "plain", seed=1)
+    before = logits(model, inputs)
+    gt.attach(model, gt.PrefixTuning(length=3, hidden=None, shift_keys=True), "shifted", seed=1)
+    assert not torch.allclose(logits(model, inputs), before, atol=1e-3)
+    gt.activate(model, "plain")
+    assert torch.equal(logits(model, inputs), before)
+    with pytest.raises(SettingsError, match="shift_keys is for attentions with relative biases"):
+        gt.attach(FAMILIES["llama"].build(), gt.PrefixTuning(shift_keys=True), "task")

@@ -35,17 +35,9 @@ pytestmark = pytest.mark.skipif(
     ROOT is None, reason="GRAFTUNE_ADAPTERHUB_FIXTURES names no folder of AdapterHub's outputs"
 )
 
-SHIFTED = (
-    "AdapterHub shifts T5's relative positions of real keys by the prefix's length; ours doesn't"
-)
-PREFIXES = (
-    *("prefix_tuning", "prefix_tuning_flat", "prefix_tuning_gated"),
-    *("stack_prefix", "parallel_prefix", "mam", "unipelt"),
-)
 OVER_N_TWICE = "AdapterHub's bug: Average divides by the number of members twice, h included"
 CHAIN = "AdapterHub's Stack of LoRAs is a chain, the second reading the first's change; ours adds"
 LEFT_OUT: dict[str, str] = {
-    **dict.fromkeys((f"t5/{case}" for case in PREFIXES), SHIFTED),
     "average": OVER_N_TWICE,
     "stack_lora": CHAIN,
     "t5/seq_bn_adapterdrop0": "skip_layers=[0] is the encoder's first block, drop=1 both stacks'",

@@ -86,7 +86,7 @@ def _attention(method: str, model: nn.Module, span: Span, group: str, model_type
     width, keys, values = (_width(model, part) for part in (query, key, value))
     size = Settings(host)("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
     return Attention(
-        AttentionPlace(path, span.kind),
+        AttentionPlace(path, span.kind, biases=_biases(model, path)),
         group,
         keys,
         values,
@@ -96,6 +96,17 @@ def _attention(method: str, model: nn.Module, span: Span, group: str, model_type
         span.inner_norms,
         hosts.delta_options(model.get_submodule(query.module)),
     )
+
+
+def _biases(model: nn.Module, path: str) -> str | None:
+    """Returns the first attention of T5's stack, which has the relative biases of all."""
+    stack, _, rest = path.partition(".block.")
+    block, _, inner = rest.partition(".")
+    if not block.isdigit():
+        return None
+    first = f"{stack}.block.0.{inner}"
+    host: Any = model.get_submodule(first)
+    return first if getattr(host, "has_relative_attention_bias", False) else None
 
 
 def _check_asks(method: str, path: str, host: Any) -> None:

@@ -54,6 +54,9 @@ class PrefixTuning(Method):
     """Multiply the prefix by a gate: "token", "mean", "mean-padded" or "auto"; see `_gate`."""
     shared_gate: bool = True
     """Have one gate for keys and values; else one for each."""
+    shift_keys: bool = False
+    """Where attention has relative biases (T5): let real keys stand later by the prefix's length,
+    as AdapterHub computes it."""
     layers: int | str | tuple[int, ...] | None = None
     """Blocks that get one: an index, a list, or a slice such as "6:"; None for all."""
 
@@ -124,7 +127,21 @@ class PrefixTuning(Method):
     def _gated(
         self, grafts: list[Graft], found: list[Attention], anatomy: Anatomy, empty: bool
     ) -> list[Graft]:
-        """Returns the grafts with gates, if there are some."""
+        """Returns the grafts with gates, and shifting keys, if asked for.
+
+        Raises:
+            SettingsError: no attention has relative biases.
+        """
+        if self.shift_keys:
+            biased = [graft for graft in grafts if getattr(graft.place, "biases", None)]
+            for graft in biased:
+                assert isinstance(graft.delta, Gateable)
+                graft.delta.shifts_keys = True
+            if not biased:
+                raise SettingsError(
+                    f"{self.name}: shift_keys is for attentions with relative biases, as T5's, and "
+                    "this model has none."
+                )
         if self.gate is not None:
             for graft, one in zip(grafts, found, strict=True):
                 assert isinstance(graft.delta, Gateable)

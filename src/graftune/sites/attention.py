@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graftune.composition import Fused, Mean, Steps
 from graftune.errors import AdapterError
 from graftune.sites import flex, masks
-from graftune.sites.base import AttentionDelta, Graft, Site
+from graftune.sites.base import AttentionDelta, AttentionPlace, Graft, Site
 from graftune.sites.kept import Kept, first, thread_id
 from graftune.sites.plan import RowsAt, joined, taken
 from graftune.sites.prefixes import Prefix, by_head, narrowed, prefixes, widened
@@ -46,6 +46,8 @@ class Call:
     mask: Any  # (1 or B, 1 or H, q, k), True or 0 where visible; a BlockMask; or None
     options: dict[str, Any]
     hidden: Tensor | None = None  # (B, q, width), what the module was given, where a delta reads it
+    biases: Any = None
+    """What computes relative biases, where a delta shifts keys."""
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Returns the output, `(B, q, H, D)`, and the weights where the function gives them."""
@@ -57,7 +59,9 @@ class Call:
         """Returns output and weights with some deltas together; weights of the own keys alone."""
         width = self.key.shape[2]
         found = prefixes(deltas, self.key.shape[1], self.hidden)
-        call = self.after(found) if found else self
+        shifts = any(delta.shifts_keys for delta in deltas)
+        call = self if shifts or self.biases is None else replace(self, biases=None)
+        call = call.after(found) if found else call
         if any(prefix.by_token is not None for prefix in found):
             output, weights = call.widened(found).run()
             output = narrowed(output, self.value.shape[3], found)
@@ -95,7 +99,7 @@ class Call:
         options = dict(ready.options)
         bias = options.get("position_bias")
         if bias is not None:
-            options["position_bias"] = F.pad(bias, (length, 0))
+            options["position_bias"] = ready.longer_bias(bias, length)
         mask = ready.mask
         if flex.is_block_mask(mask):
             mask = flex.longer(mask, length)
@@ -103,6 +107,14 @@ class Call:
             mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
         key, value = torch.cat([*keys, ready.key], 2), torch.cat([*values, ready.value], 2)
         return replace(ready, key=key, value=value, mask=mask, options=options)
+
+    def longer_bias(self, bias: Tensor, length: int) -> Tensor:
+        """Returns a position bias for `length` more keys in front: 0, or as if all keys counted."""
+        if self.biases is None:
+            return F.pad(bias, (length, 0))
+        q, k = self.query.shape[2], self.key.shape[2]
+        made = self.biases.compute_bias(q, k + length, bias.device, past_seen_tokens=k - q)
+        return made.to(bias.dtype)
 
     def widened(self, found: Sequence[Prefix]) -> Call:
         """Returns the call on wider heads, in which gates of tokens act; see `prefixes`."""
@@ -173,7 +185,13 @@ class AttentionSite(Site):
         assert isinstance(graft.delta, AttentionDelta)
         super().take(model, name, graft)
         self.keeps_input = self.keeps_input or graft.delta.reads_input
+        if graft.delta.shifts_keys:
+            assert isinstance(graft.place, AttentionPlace)
+            assert graft.place.biases is not None
+            self.biases = (model.get_submodule(graft.place.biases),)
 
+    biases: tuple[nn.Module, ...] = ()
+    """The attention that has the relative biases, where a delta shifts keys; not a child."""
     keeps_input: bool = False
     """Whether a delta reads what the attention is given."""
 
@@ -275,7 +293,9 @@ class Attend:
         site = None if deltas is None else deltas._modules.get("attention")
         if not isinstance(site, AttentionSite):
             return call.run()
-        return site.attend(replace(call, hidden=site.given()) if site.keeps_input else call)
+        if site.keeps_input or site.biases:
+            call = replace(call, hidden=site.given(), biases=next(iter(site.biases), None))
+        return site.attend(call)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

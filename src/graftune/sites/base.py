@@ -167,6 +167,8 @@ class AttentionDelta(Delta):
 
     reads_input: bool = False
     """Whether `gates` multiply its keys and values."""
+    shifts_keys: bool = False
+    """Whether the attention's own keys then stand later by the prefix's length (T5's biases)."""
 
     def gates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what multiplies keys and values, `(B, q, 1)` each, or `(B, 1, 1)` of rows.
@@ -281,6 +283,8 @@ class AttentionPlace(PlaceBeside):
     kind: str = "attention"
     name: str = "prefix"
     """What is there, for the names of its tensors."""
+    biases: str | None = None
+    """The attention that has the relative biases of this one (T5: that of the first block)."""
 
     @property
     def key(self) -> str:

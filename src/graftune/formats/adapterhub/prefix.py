@@ -7,19 +7,20 @@
 One T for each location: the decoder's or only stack's attention (self_prefix), an encoder's
 (encoder_prefix), and cross-attention (cross_prefix). The MLP is a way of training and is dropped,
 so that training goes on with the prefix itself. Gates multiply keys and values by means over all
-tokens of what the attention is given: one for both, or (not shared_gating) one each.
+tokens of what the attention is given: one for both, or (not shared_gating) one each. In T5 the
+relative positions of real keys are those that they would have behind the prefix (`shift_keys`).
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from graftune.anatomy import Anatomy
 from graftune.anatomy.modules import is_in
 from graftune.anatomy.parts import Stack
 from graftune.errors import BaseMismatchError, FormatError
@@ -33,7 +34,7 @@ from graftune.methods._maps import ACTIVATIONS
 from graftune.methods._prefix import PrefixValues
 from graftune.methods.base import Method
 from graftune.methods.prefix import KINDS, PrefixTuning
-from graftune.sites.base import AttentionPlace, Graft
+from graftune.sites.base import AttentionPlace, Graft, Place
 
 _NAME = re.compile(
     r"(?:.+\.)?prefix_tuning\.prefix_tunings\.(?P<name>[^.]+)\.(?P<location>[^.]+)\.(?P<tensor>.+)"
@@ -79,18 +80,12 @@ class Prefix(Kind):
             dropout=config["dropout"],
             gate="mean-padded" if config["use_gating"] else None,
             shared_gate=bool(config["shared_gating"]),
+            shift_keys=reading.anatomy.model_type in paths.LIKE_T5,
             layers=_layers(reading),
             train_head=tuple(heads) or False,
         )
         grafts = method.plan(reading.model, reading.anatomy, empty=True)
         fill(grafts, _named(reading, grafts), reading.where, reading.folder)
-        if reading.anatomy.model_type in paths.LIKE_T5:
-            warnings.warn(
-                f"{reading.where} is a prefix of a {reading.anatomy.model_type}, of whose real "
-                "tokens AdapterHub takes each key to stand as much later as the prefix is long; "
-                "here their positions stay, so that outputs differ from AdapterHub's.",
-                stacklevel=2,
-            )
         return method, grafts
 
 
@@ -98,15 +93,14 @@ def _layers(reading: Reading) -> tuple[int, ...] | None:
     """Returns the blocks that have a prefix, None for all."""
     if reading.config["encoder_prefix"]:
         return reading.layers
-    encoders = [stack for stack in reading.anatomy.stacks if _is_encoder(reading, stack)]
+    encoders = [stack for stack in reading.anatomy.stacks if _is_encoder(reading.anatomy, stack)]
     out = {*reading.config["leave_out"], *(b.index for stack in encoders for b in stack.blocks)}
     return tuple(b.index for b in reading.anatomy.blocks if b.index not in out) if out else None
 
 
-def _is_encoder(reading: Reading, stack: Stack) -> bool:
+def _is_encoder(anatomy: Anatomy, stack: Stack) -> bool:
     """Whether a stack is what AdapterHub calls an encoder: one beside a decoder, or T5's."""
-    parts = reading.anatomy
-    beside = len(parts.stacks) > 1 or parts.model_type in paths.LIKE_T5
+    beside = len(anatomy.stacks) > 1 or anatomy.model_type in paths.LIKE_T5
     return stack.kind == "encoder" and beside
 
 
@@ -114,7 +108,7 @@ def _named(reading: Reading, grafts: Sequence[Graft]) -> dict[str, Tensor]:
     """Returns a file's prefixes under our names; what means nothing stays as it is."""
     wanted = dict[str, list[Graft]]()
     for graft in grafts:
-        wanted.setdefault(_location(reading, graft), []).append(graft)
+        wanted.setdefault(table_of(reading.anatomy, graft.place), []).append(graft)
     given, found = dict[str, dict[str, Tensor]](), {n.key: n.value for n in reading.tensors.named}
     for key, tensor in reading.tensors.strangers.items():
         parts, gate = _NAME.fullmatch(key), _gate_of(reading, wanted, key)
@@ -154,16 +148,15 @@ def _rows(graft: Graft) -> tuple[Tensor, Tensor]:
     return graft.delta.key[0], graft.delta.value[0]
 
 
-def _location(reading: Reading, graft: Graft) -> str:
-    """Returns what AdapterHub calls the attentions that share a table with a graft's."""
-    place = graft.place
+def table_of(anatomy: Anatomy, place: Place) -> str:
+    """Returns what AdapterHub calls the attentions that share a table with a place."""
     assert isinstance(place, AttentionPlace)
     if place.kind == "cross-attention":
         return "cross_prefix"
     in_encoder = any(
         is_in(place.module, (block.path,))
-        for stack in reading.anatomy.stacks
-        if _is_encoder(reading, stack)
+        for stack in anatomy.stacks
+        if _is_encoder(anatomy, stack)
         for block in stack.blocks
     )
     return "encoder_prefix" if in_encoder else "self_prefix"

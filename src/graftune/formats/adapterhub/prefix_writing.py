@@ -12,7 +12,7 @@ from graftune.errors import FormatError
 from graftune.formats.adapterhub import paths
 from graftune.formats.adapterhub.low_rank import GATE
 from graftune.formats.adapterhub.low_rank_writing import check_gate
-from graftune.formats.adapterhub.prefix import FLAT
+from graftune.formats.adapterhub.prefix import FLAT, table_of
 from graftune.methods._prefix import PrefixFromMlp, PrefixValues
 from graftune.methods.prefix import PrefixTuning
 from graftune.sites.base import AttentionPlace, Graft
@@ -20,7 +20,6 @@ from graftune.sites.base import AttentionPlace, Graft
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
 
-_LOCATIONS = {"attention": "self_prefix", "cross-attention": "cross_prefix"}
 _UNUSED: dict[str, Any] = {
     "architecture": "prefix_tuning",
     "bottleneck_size": 512,
@@ -44,7 +43,8 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     tables, places = dict[str, list[Tensor]](), list[str]()
     for graft in adapter.grafts:
         if isinstance(graft.place, AttentionPlace):
-            tables.setdefault(_LOCATIONS[graft.place.kind], []).extend(_values(adapter, graft))
+            home = table_of(adapter.anatomy, graft.place)
+            tables.setdefault(home, []).extend(_values(adapter, graft))
             places.append(graft.place.module)
     left_out = [
         block.index
@@ -83,10 +83,10 @@ def _check(adapter: Adapter, method: PrefixTuning) -> None:
     """Raises FormatError if AdapterHub has no such prefixes."""
     check_gate(method.gate)
     kind = adapter.anatomy.model_type
-    if kind in paths.LIKE_T5:
+    if kind in paths.LIKE_T5 and not method.shift_keys:
         raise FormatError(
             f"AdapterHub shifts the relative positions of a {kind}'s real tokens by the prefix's "
-            "length, so that it would compute something else."
+            "length, and this one doesn't (shift_keys=True)."
         )
     if "attention" not in method.sublayers:
         raise FormatError("AdapterHub has no prefix of cross-attention alone.")
