@@ -92,12 +92,6 @@ def _counted(stack: str, h: Tensor, before: int, asks: str) -> tuple[Tensor, Ten
 
     `(rows, tokens)` twice and `(rows, 1)`; None where all are real.
     """
-    tokens = h.shape[1]
-    seen = masks.visible(stack, h) if before else None
-    if seen is not None:  # all that goes on is real
-        length = seen.sum(1, keepdim=True)
-        rank = length - tokens + torch.arange(tokens, device=h.device)
-        return rank, torch.ones_like(rank, dtype=torch.bool), length
     mask = masks.whole(stack, h, asks)
     if mask is None:
         return None

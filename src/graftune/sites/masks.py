@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
@@ -121,11 +122,15 @@ def whole(stack: str, x: Tensor, asks: str, mend: str = "") -> Tensor | None:
     Raises:
         AdapterError: the mask doesn't say it of these tokens.
     """
-    mask = of_those_rows(noted().by_stack.get(stack), x.shape[0])
+    mask = _by_token(noted().by_stack.get(stack), stack)
     if mask is None:
         return None
-    shape = (x.shape[0], before(stack) + x.shape[1]) if x.ndim == 3 else ()
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+    tokens = before(stack) + x.shape[1] if x.ndim == 3 else 0
+    if isinstance(mask, Tensor) and mask.ndim == 2 and stack in noted().before:
+        mask = mask[:, :tokens]  # a static cache has room for more
+        mask = F.pad(mask, (tokens - mask.shape[1], 0))  # or is a window of the last
+    mask = of_those_rows(mask, x.shape[0])
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (x.shape[0], tokens):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise AdapterError(
             f"{asks} needs an attention_mask of (rows, tokens) for what it sees, "
@@ -134,19 +139,16 @@ def whole(stack: str, x: Tensor, asks: str, mend: str = "") -> Tensor | None:
     return mask != 0
 
 
-def visible(stack: str, x: Tensor) -> Tensor | None:
-    """Returns what each row's last token attends to, `(rows, n)`, where the mask says that alone.
+def _by_token(mask: Any, stack: str) -> Any:
+    """Returns a mask of attention, as transformers makes them for static caches, by token.
 
-    In passes that go on with a static cache, transformers gives models masks of attention,
-    `(rows, 1, tokens, n)`, or one for each kind of attention.
+    `(rows, 1, tokens, n)`, or one for each kind of attention; who is seen by no token is padding.
     """
-    mask = noted().by_stack.get(stack)
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    mask = of_those_rows(mask, x.shape[0])
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        return None
-    return mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    if stack not in noted().before or not isinstance(mask, Tensor) or mask.ndim != 4:
+        return mask
+    return (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0).any(1)
 
 
 def of_those_rows(mask: Any, rows: int) -> Any:
