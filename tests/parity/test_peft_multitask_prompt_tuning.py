@@ -77,10 +77,13 @@ def test_a_decoders_classifier_is_carried_with_its_head(tmp_path: Path) -> None:
     assert obstacle(adapter) == ""
 
 
-def test_an_encoders_classifier_is_refused(tmp_path: Path) -> None:
-    written("bert", tmp_path / "a", "classification", task_type="SEQ_CLS")
-    with pytest.raises(FormatError, match="reads the first virtual token"):
-        gt.load(base("bert", "classification"), tmp_path / "a")
+def test_an_encoders_classifier_is_carried_with_its_head(tmp_path: Path) -> None:
+    wrapped = written("bert", tmp_path / "a", "classification", task_type="SEQ_CLS")
+    model = base("bert", "classification")
+    plain = answer(model, FAMILIES["bert"].inputs(task="classification"))
+    gt.load(model, tmp_path / "a")
+    theirs = of_tasks(wrapped, "bert", "classification")
+    check_close(of_tasks(model, "bert", "classification"), theirs, plain)
 
 
 def seq2seq(model: Any) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import graftune as gt
-from graftune.errors import FormatError
 from graftune.formats.peft_types import obstacle
 from tests.families import FAMILIES
 from tests.parity.exchange import (
@@ -24,7 +23,6 @@ from tests.parity.exchange import (
     logits,
     peft,
     randomised,
-    saved_by_peft,
 )
 
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
@@ -52,11 +50,10 @@ def test_a_decoders_classifier_of_peft_is_loaded_with_its_head(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_encoders_classifier_is_refused(family: str, tmp_path: Path) -> None:
+def test_an_encoders_classifier_is_loaded_with_its_head(family: str, tmp_path: Path) -> None:
     given = config(family, task_type="SEQ_CLS")
-    saved_by_peft(family, "classification", given, tmp_path / "a")
-    with pytest.raises(FormatError, match="reads the first virtual token"):
-        gt.load(base(family, "classification"), tmp_path / "a")
+    adapter = check_from_peft(family, "classification", given, tmp_path / "a")
+    assert adapter.method.stays
 
 
 @pytest.mark.parametrize("family", FAMILIES_TRIED)

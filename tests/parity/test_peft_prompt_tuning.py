@@ -27,7 +27,6 @@ from tests.parity.exchange import (
     check_from_peft,
     check_own_form,
     check_to_peft,
-    logits,
     peft,
     randomised,
     saved_by_peft,
@@ -194,19 +193,15 @@ def test_a_bare_encoders_pooled_answer_is_that_of_a_virtual_token_in_peft(tmp_pa
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_an_encoders_classifier_reads_a_virtual_token_in_peft_and_is_refused(
+def test_an_encoders_classifier_reads_a_virtual_token_as_in_peft(
     family: str, tmp_path: Path
 ) -> None:
-    theirs = saved_by_peft(
-        family, "classification", config(family, task_type="SEQ_CLS"), tmp_path / "a"
-    )
-    model = base(family, "classification")
-    with pytest.raises(FormatError, match=r"reads the first virtual token.*head=False"):
-        gt.load(model, tmp_path / "a")
-    assert gt.adapters(model) == {}
-    adapter = gt.load(model, tmp_path / "a", head=False)
-    assert adapter.head_names == ()
-    assert (logits(model, family, "classification") - theirs).abs().max() > 1e-2
+    given = config(family, task_type="SEQ_CLS")
+    adapter = check_from_peft(family, "classification", given, tmp_path / "a")
+    assert adapter.method.stays
+    assert adapter.head_names
+    method = gt.PromptTuning(length=4, position="front", stays=True)
+    check_to_peft(family, "classification", method, tmp_path / "b")
 
 
 def test_what_peft_reads_for_cls_is_the_state_of_the_first_virtual_token(tmp_path: Path) -> None:
@@ -305,7 +300,7 @@ NOT_IN_PEFT: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "after the first, decoder": ("llama", "default", {"position": "after-first"}, "follows"),
     "an encoder's classifier": (
         *("bert", "default"),
-        *({"position": "front"}, "read the first virtual token"),
+        *({"position": "front"}, "read the first virtual token (stays=True)"),
     ),
     "behind the embeddings": ("bert", "default", {"enters": "blocks"}, "enters behind their emb"),
     "images": ("vit", "default", {}, "enters behind their embeddings"),

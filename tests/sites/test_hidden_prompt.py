@@ -83,8 +83,8 @@ def test_images_get_them_there_by_default() -> None:
 def test_what_cant_be_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"known to fit models of type bert, .*found llama"):
         gt.attach(FAMILIES["llama"].build(), gt.PromptTuning(enters="blocks"), "task")
-    with pytest.raises(SettingsError, match='stays goes with enters="blocks" alone'):
-        gt.PromptTuning(stays=True)
+    with pytest.raises(SettingsError, match=r"stays=True is for encoders.* made of a decoder"):
+        gt.attach(FAMILIES["llama"].build(), gt.PromptTuning(stays=True), "task")
     with pytest.raises(SettingsError, match='Did you mean "blocks"'):
         gt.PromptTuning(enters="block")
     model, _ = attached("bert")

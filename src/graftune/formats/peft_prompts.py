@@ -1,13 +1,13 @@
 """What HF PEFT's types of prompts have in common: how it runs them by task, and their names.
 
-PEFT puts m virtual tokens before all others, padding too, in a class of its own for each task. Two
-of them compute something else than a prompt means, and such directories are neither read nor
-written: an encoder's classifier reads the first virtual token, where it knows the first real one;
-and a decoder beside an encoder is given a prompt in training that `generate` forgets.
+PEFT puts m virtual tokens before all others, padding too, in a class of its own for each task. An
+encoder's classifier then reads the first virtual token: that is `stays=True` here. A decoder beside
+an encoder is given a prompt in training that `generate` forgets: neither read nor written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -97,8 +97,12 @@ class EmbeddedType(PromptsType):
         kind = type(model).__name__
         if task is None:
             return f"HF PEFT runs prompts by task, and has none for this {kind} and its heads"
-        if task == "SEQ_CLS" and _is_encoder(model):
-            return f"HF PEFT lets the head of this {kind} read the first virtual token"
+        if (task == "SEQ_CLS" and _is_encoder(model)) is not _stays(adapter):
+            return (
+                f"HF PEFT lets the head of this {kind} read the first virtual token (stays=True)"
+                if task == "SEQ_CLS"
+                else "HF PEFT takes virtual tokens out of what this kind of head reads"
+            )
         if _trains_embeddings(adapter):
             return "HF PEFT looks tokens up in the base's embeddings, and this adapter trains them"
         return None
@@ -118,14 +122,11 @@ class EmbeddedType(PromptsType):
     def read(
         self, model: nn.Module, config: Mapping[str, Any], heads: Sequence[str], where: str
     ) -> Any:
-        """See `PromptsType.read`."""
+        """See `PromptsType.read`: the head of an encoder's classifier reads a virtual token."""
+        method = super().read(model, config, heads, where)
         if config["task_type"] == "SEQ_CLS" and _is_encoder(model):
-            raise FormatError(
-                f"{where}: with HF PEFT the head of a {type(model).__name__} reads the first "
-                "virtual token, here the first real one, so that the same prompt would answer "
-                "otherwise: train it here, or load the prompt alone with head=False."
-            )
-        return super().read(model, config, heads, where)
+            return dataclasses.replace(method, stays=True)
+        return method
 
     def file_tensors(self, model: nn.Module, grafts: Sequence[Graft]) -> dict[str, Tensor]:
         """See `PeftType.file_tensors`."""
@@ -186,6 +187,10 @@ def _trains_embeddings(adapter: Adapter) -> bool:
     return any(
         table in adapter.model.get_submodule(head).modules() for head in saved_heads(adapter)
     )
+
+
+def _stays(adapter: Adapter) -> bool:
+    return bool(getattr(adapter.method, "stays", False))
 
 
 def _is_encoder(model: nn.Module) -> bool:

@@ -107,6 +107,26 @@ class PromptPlace:
 class SoftPrompt(Method):
     """A method whose virtual tokens are embeddings: one can start from what another learned."""
 
+    stays: bool = False
+    """Leave the virtual tokens in what an encoder answers, so that a head that reads the first
+    token reads a virtual one where they come in front: HF PEFT's and AdapterHub's heads do."""
+
+    def placed(self, graft: Graft, anatomy: Anatomy) -> Graft:
+        """Returns a new graft, its virtual tokens staying if asked for.
+
+        Raises:
+            SettingsError: they can't stay in what a decoder answers.
+        """
+        assert isinstance(graft.delta, EmbeddingDelta)
+        graft.delta.stays = self.stays
+        kinds = [stack.kind for stack in anatomy.stacks]
+        if self.stays and kinds not in (["encoder"], ["vision"]):
+            raise SettingsError(
+                f"{self.name}: stays=True is for encoders, whose heads read the first token; this "
+                f"model is made of {' and '.join(f'a {kind}' for kind in kinds)}."
+            )
+        return graft
+
     @torch.no_grad()
     def prompt_of(self, adapter: Any, task: int | str | None = None) -> Tensor:
         """Returns an adapter's virtual tokens as they are now, `(m, d)`.

@@ -52,9 +52,6 @@ class PromptTuning(SoftPrompt):
     enters: str | None = None
     """At the "tokens", or behind the embedding layer, at the "blocks"; None is "blocks" for images
     alone. There "vocabulary" is "random" if there is no vocabulary."""
-    stays: bool = False
-    """At the "blocks": leave it in the body's answer, so that a head that reads the first token
-    reads a virtual one where they come in front, as AdapterHub's do."""
 
     def check(self) -> None:
         """See `Method.check`."""
@@ -66,8 +63,6 @@ class PromptTuning(SoftPrompt):
             self._check_choice("enters", ("tokens", "blocks"))
         if self.enters == "blocks" and not self.enters_blocks:
             raise SettingsError(f'{self.name}: enters="blocks" is for PromptTuning alone.')
-        if self.stays and self.enters != "blocks":
-            raise SettingsError(f'{self.name}: stays goes with enters="blocks" alone.')
         wants = self.init in ("text", "class_labels")
         if wants != bool(self.init_tokens):
             raise SettingsError(
@@ -84,13 +79,14 @@ class PromptTuning(SoftPrompt):
             SettingsError: a model without token embeddings, or with too few positions or tokens.
         """
         if self._is_hidden(anatomy):
-            return [self._hidden(model, anatomy, empty)]
+            return [self.placed(self._hidden(model, anatomy, empty), anatomy)]
         found = PromptPlace.of(self.name, model, anatomy, self.position)
         found.check_room(self.name, model, self.length)
         start = found.empty(self.length, found.width)
         if not empty:
             start = self._start(found, start)
-        return [Graft(found.place, self._delta(start, found.is_after_first, empty))]
+        graft = Graft(found.place, self._delta(start, found.is_after_first, empty))
+        return [self.placed(graft, anatomy)]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: m d."""
@@ -117,7 +113,6 @@ class PromptTuning(SoftPrompt):
             if self.init_tokens:
                 raise SettingsError(f"{self.name}: images have no tokens to start from.")
         delta = self._delta(start, self.position != "front", empty)
-        delta.stays = self.stays
         return Graft(place, delta)
 
     def _delta(self, tokens: Tensor, is_after_first: bool, empty: bool) -> EmbeddingDelta:

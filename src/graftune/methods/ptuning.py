@@ -90,14 +90,15 @@ class PTuning(SoftPrompt):
         E = found.empty(self.length, found.width)
         if self.encoder == "none":
             start = E if empty else found.rows(found.drawn(self.length))
-            return [Graft(found.place, Prompt(start, found.is_after_first, self.marker))]
+            graft = Graft(found.place, Prompt(start, found.is_after_first, self.marker))
+            return [self.placed(graft, anatomy)]
         lstm, widths = self._sizes(found.width)
         encoder = Encoder(found.width, lstm, widths, self.dropout, hosts.delta_options(found.table))
         if not empty:
             E.normal_()
             encoder.start()
         delta = PromptFromEncoder(E, encoder, found.is_after_first, self.marker)
-        return [Graft(found.place, delta)]
+        return [self.placed(Graft(found.place, delta), anatomy)]
 
     def plan_saved(
         self, model: nn.Module, anatomy: Anatomy, tensors: Mapping[str, Tensor]
@@ -106,7 +107,8 @@ class PTuning(SoftPrompt):
         found = self._place(model, anatomy)
         if f"{found.place.key}.tokens" in tensors:
             start = found.empty(self.length, found.width)
-            return [Graft(found.place, Prompt(start, found.is_after_first, self.marker))]
+            graft = Graft(found.place, Prompt(start, found.is_after_first, self.marker))
+            return [self.placed(graft, anatomy)]
         return self.plan(model, anatomy, empty=True)
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
@@ -127,6 +129,7 @@ class PTuning(SoftPrompt):
         old = embedded(adapter).delta
         if isinstance(old, PromptFromEncoder):
             new = old.kept().requires_grad_(old.E.requires_grad)
+            new.stays = old.stays
             replace_deltas(adapter.model, adapter.grafts, {old: new})
 
     def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:

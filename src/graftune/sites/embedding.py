@@ -162,7 +162,7 @@ class EmbeddingSite(Site):
         for value in _values(output):
             if hasattr(value, "get_seq_length"):
                 setattr(value, MARK, woven)
-        if self.reads:
+        if self.reads or self._keeps():
             return None
         return shorter(host, output, woven, at, length)
 
@@ -371,6 +371,17 @@ class EmbeddingSite(Site):
         weighted = [weight * prompt for weight, prompt in made if prompt is not None]
         return torch.stack(weighted).sum(0) if weighted else None
 
+    def _keeps(self) -> bool:
+        """Whether the active prompts stay in what the body answers."""
+        names = self.active.current().names
+        deltas: list[Any] = [self._modules[name] for name in names if name in self._modules]
+        found = {delta.stays for delta in deltas if delta.marker is None}
+        if len(found) > 1:
+            raise AdapterError(
+                "Prompts that act together must all stay in the answer, or none (stays=)."
+            )
+        return found.pop() if found else False
+
     def _is_after_first(self, steps: Steps) -> bool:
         names = [name for name in dict.fromkeys(names_in(steps)) if name in self._modules]
         deltas: dict[str, Any] = {name: self._modules[name] for name in names}
@@ -392,7 +403,7 @@ def entrance(method: str, model: nn.Module, anatomy: Anatomy) -> EmbeddingPlace:
     stacks = anatomy.stacks
     is_text = bool(stacks) and all(stack.kind in ("encoder", "decoder") for stack in stacks)
     wanted = {"input_ids", "inputs_embeds"}
-    body = _above(model, stacks[0].blocks[0].path, wanted) if is_text else None
+    body = above(model, stacks[0].blocks[0].path, wanted) if is_text else None
     if body is None:
         raise SettingsError(
             f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
@@ -401,7 +412,7 @@ def entrance(method: str, model: nn.Module, anatomy: Anatomy) -> EmbeddingPlace:
     if len(stacks) == 1:
         return EmbeddingPlace(body)
     return EmbeddingPlace(
-        body, _above(model, stacks[1].blocks[0].path, {"encoder_hidden_states", "inputs_embeds"})
+        body, above(model, stacks[1].blocks[0].path, {"encoder_hidden_states", "inputs_embeds"})
     )
 
 
@@ -414,7 +425,7 @@ def takes_any_length(model: nn.Module, place: EmbeddingPlace | HiddenPlace) -> b
     return "position_ids" in reads or PositionTable.of(body).limit is None
 
 
-def _above(model: nn.Module, path: str, wanted: set[str]) -> str | None:
+def above(model: nn.Module, path: str, wanted: set[str]) -> str | None:
     """Returns the nearest module around `path` whose forward takes what is wanted."""
     while path:
         path = parent(path)

@@ -83,17 +83,6 @@ class HiddenPromptSite(EmbeddingSite):
         woven, at, length = found
         return None if self._keeps() else shorter(host, output, woven, at, length)
 
-    def _keeps(self) -> bool:
-        """Whether the active prompts stay in what the body answers."""
-        names = self.active.current().names
-        deltas: list[Any] = [self._modules[name] for name in names if name in self._modules]
-        found = {bool(delta.stays) for delta in deltas}
-        if len(found) > 1:
-            raise AdapterError(
-                "Prompts that act together must all stay in the answer, or none (stays=)."
-            )
-        return found.pop() if found else False
-
 
 def hidden_entrance(method: str, model: nn.Module, anatomy: Anatomy) -> HiddenPlace:
     """Returns the body whose embedding layer virtual tokens come behind, and that layer.
