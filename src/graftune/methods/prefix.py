@@ -25,6 +25,7 @@ from graftune.methods._prefix import Gateable, Mlp, PrefixFromMlp, PrefixValues
 from graftune.methods.base import Method, register
 from graftune.sites.base import Delta, Graft
 from graftune.sites.placing import replace_deltas
+from graftune.sites.positions import shifts
 
 KINDS = ("attention", "cross-attention")
 
@@ -57,6 +58,9 @@ class PrefixTuning(Method):
     shift_keys: bool = False
     """Where attention has relative biases (T5): let real keys stand later by the prefix's length,
     as AdapterHub computes it."""
+    shift_positions: bool = False
+    """Let real tokens stand later by the prefix's length where a model is told positions, as HF
+    PEFT, whose prefixes take the first positions."""
     layers: int | str | tuple[int, ...] | None = None
     """Blocks that get one: an index, a list, or a slice such as "6:"; None for all."""
 
@@ -86,7 +90,7 @@ class PrefixTuning(Method):
             grafts = [Graft(one.place, self._values(one, empty)) for one in found]
         else:
             grafts = self._made(found, anatomy.blocks[0].width, self.hidden, empty)
-        return self._gated(grafts, found, anatomy, empty)
+        return self._completed(model, grafts, found, anatomy, empty)
 
     def plan_saved(
         self, model: nn.Module, anatomy: Anatomy, tensors: Mapping[str, Tensor]
@@ -95,7 +99,7 @@ class PrefixTuning(Method):
         found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
         if any(f"{one.place.key}.key" in tensors for one in found):
             grafts = [Graft(one.place, self._values(one, True)) for one in found]
-            return self._gated(grafts, found, anatomy, True)
+            return self._completed(model, grafts, found, anatomy, True)
         return self.plan(model, anatomy, empty=True)
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
@@ -124,13 +128,18 @@ class PrefixTuning(Method):
     def _gates(self) -> int:
         return 1 if self.shared_gate else 2
 
-    def _gated(
-        self, grafts: list[Graft], found: list[Attention], anatomy: Anatomy, empty: bool
+    def _completed(
+        self,
+        model: nn.Module,
+        grafts: list[Graft],
+        found: list[Attention],
+        anatomy: Anatomy,
+        empty: bool,
     ) -> list[Graft]:
-        """Returns the grafts with gates, and shifting keys, if asked for.
+        """Returns the grafts with gates, and what shifts keys or positions, if asked for.
 
         Raises:
-            SettingsError: no attention has relative biases.
+            SettingsError: no attention has relative biases, or the model is told no positions.
         """
         if self.shift_keys:
             biased = [graft for graft in grafts if getattr(graft.place, "biases", None)]
@@ -148,6 +157,8 @@ class PrefixTuning(Method):
                 graft.delta.gate_width, graft.delta.gates_in_one = one.width, self._gates
                 graft.delta.reads_input = True
             add_gates(self.gate, grafts, anatomy, empty)
+        if self.shift_positions:
+            return grafts + shifts(self.name, model, anatomy, self.length)
         return grafts
 
     def _values(self, one: Attention, empty: bool) -> PrefixValues:

@@ -20,14 +20,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graftune.composition import Fused, Step, Steps, names_in
 from graftune.errors import AdapterError
-from graftune.sites import hosts, masks
+from graftune.sites import masks
+from graftune.sites.places import AttentionPlace as AttentionPlace
+from graftune.sites.places import EmbeddingPlace as EmbeddingPlace
+from graftune.sites.places import HiddenPlace as HiddenPlace
+from graftune.sites.places import LinearPlace as LinearPlace
+from graftune.sites.places import ParameterPlace as ParameterPlace
+from graftune.sites.places import Place as Place
+from graftune.sites.places import PlaceBeside as PlaceBeside
+from graftune.sites.places import PositionPlace as PositionPlace
+from graftune.sites.places import SublayerPlace as SublayerPlace
 from graftune.sites.plan import ALWAYS, RowsAt, joined, taken
 from graftune.sites.state import Active
 
@@ -227,140 +236,6 @@ class EmbeddingDelta(Delta):
             `(length, width)`, or `(B, length, width)` where rows differ.
         """
         raise NotImplementedError
-
-
-class PlaceBeside:
-    """A place beside the base's tensors, of which it changes no entry."""
-
-    site: ClassVar[str]
-    """Name of the site among those of the host."""
-    parameter: ClassVar[str] = ""
-
-    def size(self, host: nn.Module) -> int:
-        """Returns 0: it changes no entry of the base."""
-        return 0
-
-
-@dataclass(frozen=True)
-class EmbeddingPlace(PlaceBeside):
-    """Where token ids become embeddings."""
-
-    site: ClassVar[str] = "embedding"
-    module: str
-    """The body: takes `input_ids` or `inputs_embeds`."""
-    reader: str | None = None
-    """The decoder that attends to what the body answers, of an encoder-decoder."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.prompt" if self.module else "prompt"
-
-
-@dataclass(frozen=True)
-class HiddenPlace(PlaceBeside):
-    """Behind the embedding layer of a body."""
-
-    site: ClassVar[str] = "hidden"
-    module: str
-    """The body."""
-    embeddings: str
-    """Its embedding layer."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.prompt" if self.module else "prompt"
-
-
-@dataclass(frozen=True)
-class AttentionPlace(PlaceBeside):
-    """One attention of a block."""
-
-    site: ClassVar[str] = "attention"
-    module: str
-    """The module that calls the attention function."""
-    kind: str = "attention"
-    name: str = "prefix"
-    """What is there, for the names of its tensors."""
-    biases: str | None = None
-    """The attention that has the relative biases of this one (T5: that of the first block)."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True)
-class LinearPlace:
-    """The output of a host, or those of its features in `rows`; or its input."""
-
-    module: str
-    role: str = "output"
-    rows: tuple[tuple[int, int], ...] | None = None
-    parameter: str = "weight"
-    side: Literal["output", "input"] = "output"
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return self.module if self.site == "output" else f"{self.module}.{self.site}"
-
-    @property
-    def site(self) -> str:
-        """Name of the site among those of the host."""
-        if self.side == "input":
-            return "input"
-        return "output" if self.rows is None else self.role
-
-    def size(self, host: nn.Module) -> int:
-        """Returns how many entries of the base's weight the place covers."""
-        fan_in, out = hosts.features(host)
-        taps = getattr(host, "kernel_size", ())
-        rows = out if self.rows is None else sum(stop - start for start, stop in self.rows)
-        return fan_in * rows * int(torch.Size(taps).numel() if taps else 1)
-
-
-@dataclass(frozen=True)
-class ParameterPlace:
-    """One tensor of a host."""
-
-    module: str
-    parameter: str
-
-    @property
-    def key(self) -> str:
-        """The tensor's absolute name."""
-        return f"{self.module}.{self.parameter}" if self.module else self.parameter
-
-    def size(self, host: nn.Module) -> int:
-        """Returns the entries of the base's tensor; of a bias yet missing, its width."""
-        tensor = getattr(host, self.parameter, None)
-        return hosts.features(host)[1] if tensor is None else tensor.numel()
-
-
-@dataclass(frozen=True)
-class SublayerPlace(PlaceBeside):
-    """A sublayer of a block: where it is read, and where its answer is changed."""
-
-    site: ClassVar[str] = "sublayer"
-    module: str
-    """Whose output is changed."""
-    name: str
-    """Path of the block and the kind of sublayer in it: `encoder.layer.0.ffn`."""
-    input: str
-    residual: str | None = None
-    norm: str | None = None
-    """See `graftune.anatomy.ports.Ports`."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.name}.adapter"
-
-
-Place = LinearPlace | ParameterPlace | SublayerPlace | AttentionPlace | EmbeddingPlace | HiddenPlace
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from graftune.sites.base import (
     LinearPlace,
     ParameterPlace,
     Place,
+    PositionPlace,
     Site,
     SublayerPlace,
     base_modules,
@@ -27,6 +28,7 @@ from graftune.sites.hidden_prompt import HiddenPromptSite
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.plan import ALWAYS
+from graftune.sites.positions import PositionSite
 from graftune.sites.softmax import SoftmaxSite
 from graftune.sites.state import Active
 from graftune.sites.sublayer import SublayerSite
@@ -146,6 +148,8 @@ def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
         return EmbeddingSite(active)
     if isinstance(place, HiddenPlace):
         return HiddenPromptSite(active)
+    if isinstance(place, PositionPlace):
+        return PositionSite(active)
     assert isinstance(place, LinearPlace)
     if place.side == "input":
         return InputSite(active, layer)
