@@ -35,15 +35,22 @@ if TYPE_CHECKING:
     from graftune.methods.houlsby import HoulsbyAdapter
     from graftune.methods.ia3 import IA3
     from graftune.methods.layernorm import LayerNormTuning
+    from graftune.methods.llamaadapter import LLaMAAdapter
     from graftune.methods.loha import LoHa
     from graftune.methods.lokr import LoKr
     from graftune.methods.lora import LoRA
+    from graftune.methods.mam import MAM
+    from graftune.methods.multitaskprompt import MultitaskPromptTuning
     from graftune.methods.parallel import ParallelAdapter
     from graftune.methods.pfeiffer import PfeifferAdapter
     from graftune.methods.prefix import PrefixTuning, PTuningV2
     from graftune.methods.prompt import PromptTuning
+    from graftune.methods.ptuning import PTuning
+    from graftune.methods.reft import DiReFT, LoReFT, NoReFT
     from graftune.methods.said import SAID
     from graftune.methods.selective import Selective
+    from graftune.methods.union import Union
+    from graftune.methods.unipelt import UniPELT
     from graftune.methods.vera import VeRA
     from graftune.training import AdapterCallback, Trainer
 
@@ -79,6 +86,7 @@ _HOMES = {
 }
 __all__ = [
     "IA3",
+    "MAM",
     "SAID",
     "AdaLoRA",
     "Adapter",
@@ -91,15 +99,21 @@ __all__ = [
     "BitFit",
     "Compacter",
     "CompacterPlusPlus",
+    "DiReFT",
     "DiffPruning",
     "FishMask",
     "FullFineTuning",
     "Fuse",
     "HoulsbyAdapter",
+    "LLaMAAdapter",
     "LayerNormTuning",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
+    "MultitaskPromptTuning",
+    "NoReFT",
+    "PTuning",
     "PTuningV2",
     "Parallel",
     "ParallelAdapter",
@@ -110,6 +124,8 @@ __all__ = [
     "Selective",
     "Stack",
     "Trainer",
+    "UniPELT",
+    "Union",
     "VeRA",
     "activate",
     "adapters",
