@@ -64,8 +64,8 @@ def folders(settings: RunSettings, kept: Path | None = None) -> dict[str, Path]:
     for name, given in settings.beside.items():
         copy = kept / BESIDE / name if kept is not None else None
         try:
-            found[name] = copy if copy is not None and copy.is_dir() else _folder(given)
-            _check(found[name], settings.base)
+            found[name] = copy if copy is not None and copy.is_dir() else folder_of(given)
+            look_at(found[name], settings.base)
         except FormatError as error:
             raise type(error)(f"beside.{name}: {error}") from error
     return found
@@ -119,16 +119,24 @@ def attach(model: nn.Module, found: Mapping[str, Path]) -> None:
         activate(model, None)
 
 
-def _folder(given: str) -> Path:
-    """Returns the folder of an adapter: a run's own, one itself, or one fetched from the hub."""
+def folder_of(given: str | Path) -> Path:
+    """Returns the folder of an adapter: a run's own, one itself, or one fetched from the hub.
+
+    Raises:
+        FormatError: It is to be fetched, and can't be.
+    """
     from graftune.formats.hub import located
 
     place = located(given)
     return place / ADAPTER if (place / ADAPTER).is_dir() else place
 
 
-def _check(folder: Path, base: str) -> None:
-    """Raises FormatError unless a folder holds an adapter, of this base as far as its sizes say."""
+def look_at(folder: Path, base: str) -> dict[str, Any]:
+    """Returns what graftune wrote down of a folder's adapter; {} if another program wrote it.
+
+    Raises:
+        FormatError: It holds none, or one for another base as far as its sizes say.
+    """
     from graftune.formats import directory
     from graftune.formats.adapterhub.folder import is_here, read
     from graftune.formats.atomic import read_whole
@@ -142,10 +150,12 @@ def _check(folder: Path, base: str) -> None:
             f"{where} keeps its weights as a pickle, {found.pickle}, which a run never reads: "
             "gt.load it with allow_pickle=True and save it again."
         )
-    saved: dict[str, Any] = (found.own or {}).get("base", {})
+    own = found.own or {}
+    saved: dict[str, Any] = own.get("base", {})
     config = base_config(base) if saved else None
     if config is not None:
         check_sizes(config, saved, where, f'"{base}"')
+    return own
 
 
 def _files(folder: Path) -> list[Path]:

@@ -264,6 +264,8 @@ def _resolved(settings: RunSettings, task: Task, method: InContext) -> RunSettin
             )
     if settings.beside:
         raise SettingsError("beside names adapters, but in-context learning has no use for any.")
+    if settings.start is not None:
+        raise SettingsError("start names an adapter, but in-context learning has no use for one.")
     check_roles(settings, task)
     return settings.replaced(
         name=settings.run_name,

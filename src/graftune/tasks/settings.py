@@ -192,6 +192,10 @@ class RunSettings(_Section):
     beside: dict[str, str] = Field(default_factory=dict)
     """Trained adapters that the method attends to (a fusion's members): names, and the directories
     of their runs or of the adapters themselves."""
+    start: str | None = None
+    """A trained adapter whose values this one starts from, the directory of its run or its own:
+    of the same method and places, or for a soft prompt any of the same length. A head keeps its
+    own start."""
     train: TrainSettings = TrainSettings()
     """How it is trained."""
     out: str | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graftune.errors import SettingsError
-from graftune.tasks import beside, dropping, workspace
+from graftune.tasks import beside, dropping, starting, workspace
 from graftune.tasks.data import Example, Loaded, load
 from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.models import load_base
@@ -79,8 +79,10 @@ class TrainingRun:
 
         Raises:
             FormatError: What lies beside it is no adapter, or one for another base.
+            SettingsError: It can't start from what it is to start from.
         """
         beside.folders(self.settings)
+        starting.folder(self.settings, self.method)
         return {
             "settings": self.settings.to_dict(),
             "data": self.data.report.to_dict(),
@@ -99,13 +101,15 @@ class TrainingRun:
             TrainingError: The run can't go on.
         """
         run_dir = self.settings.run_dir
-        others = beside.folders(self.settings, run_dir if resume else None)
+        earlier = run_dir if resume else None
+        others = beside.folders(self.settings, earlier)
+        start = starting.folder(self.settings, self.method, earlier)
         with workspace.claimed(run_dir, resume=resume, overwrite=overwrite):
             finished = self._earlier(run_dir) if resume else None
             if finished is not None:
                 self._note(f"{run_dir} is finished already; nothing was done.")
                 return finished
-            return self._run(run_dir, resume, others)
+            return self._run(run_dir, resume, others, start)
 
     def _earlier(self, run_dir: Path) -> RunResult | None:
         """Returns an earlier run's result, None if it isn't finished; refuses other settings."""
@@ -116,7 +120,9 @@ class TrainingRun:
         done = (run_dir / workspace.RESULT).exists()
         return RunResult.load(run_dir) if done else None
 
-    def _run(self, run_dir: Path, resume: bool, others: Mapping[str, Path]) -> RunResult:
+    def _run(
+        self, run_dir: Path, resume: bool, others: Mapping[str, Path], start: Path | None
+    ) -> RunResult:
         from graftune.training.memory import reset_peak_memory
 
         for note in self.notes:
@@ -132,7 +138,7 @@ class TrainingRun:
         trained = time.monotonic()
         if self.task.new_head and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
-        adapter = self._attach(ready, encoded)
+        adapter = self._attach(ready, encoded, start)
         fitted = self._fit(ready, encoded, run_dir, resume)
         if not resume:  # else only a part of the training was seen
             self.costs["start_seconds"] = time.monotonic() - trained
@@ -144,13 +150,15 @@ class TrainingRun:
         self.watcher.on_end(result)
         return result
 
-    def _attach(self, ready: Ready, encoded: Mapping[str, Encoded]) -> Adapter:
+    def _attach(self, ready: Ready, encoded: Mapping[str, Encoded], start: Path | None) -> Adapter:
         """Attaches the run's own adapter, and lets it act in the blocks it is for."""
         from graftune.adapter import attach
 
         seen = self._batches(ready, encoded["train"].features) if self.method.needs_data else None
         seed = self.settings.train.seed
         adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed, data=seen)
+        if start is not None:
+            self._note(starting.take(adapter, start, str(self.settings.start)))
         note = dropping.activate(adapter, self.settings.train.drop)
         dropping.check_trains(adapter, self.settings.train.drop)
         if note is not None:
