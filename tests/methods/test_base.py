@@ -90,6 +90,19 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         )
         for name, method in (("PrefixTuning", gt.PrefixTuning), ("PTuningV2", gt.PTuningV2))
     },
+    **{
+        name: lambda method=method: st.builds(
+            method,
+            r=st.integers(1, 64),
+            prefix_positions=st.integers(1, 9),
+            suffix_positions=st.integers(0, 9),
+            tied=st.booleans(),
+            dropout=st.floats(0, 1, exclude_max=True),
+            layers=layers,
+            train_head=heads,
+        )
+        for name, method in (("LoReFT", gt.LoReFT), ("NoReFT", gt.NoReFT), ("DiReFT", gt.DiReFT))
+    },
     "MAM": lambda: st.builds(
         gt.MAM,
         length=st.integers(1, 99),

@@ -87,7 +87,7 @@ def test_a_part_that_cant_be_written_refuses_the_whole(tmp_path: Path) -> None:
     [
         ([], "union of nothing"),
         ([LORA, LORA], "union of LoRA, LoRA, of which the tensors can't be told apart"),
-        ([{"architecture": "reft"}, LORA], 'is of kind "reft"'),
+        ([{"architecture": "mtl_lora"}, LORA], 'is of kind "mtl_lora"'),
         ([LORA | {"r_max": 3}], 'setting "r_max"'),
     ],
 )

@@ -5,7 +5,7 @@
     projection          R; with orthogonality what torch's parametrisation makes it of, original
                         (r, d) and base (d, d):
         r < d           R = (base H D)^T     H (d, r) of the reflections below original's diagonal D
-        r = d           R = (base exp(X - X^T))^T       X the lower triangle of original^T
+        r = d           R = base exp(X - X^T)           X the lower triangle of original
 
 The base is not kept: R is, from which training goes on. AdapterHub doesn't write the setting
 `subtract_projection`, by which a DiReFT differs from a NoReFT, and reads DiReFTs as NoReFTs. They
@@ -157,14 +157,13 @@ def orthogonal(original: Tensor, base: Tensor, what: str) -> Tensor:
             f"{what} is {tuple(original.shape)} and its base {tuple(base.shape)}, expected (r, d) "
             "and (d, d)."
         )
-    X = original.mT
-    if X.shape[0] == X.shape[1]:
-        turned = torch.matrix_exp(X.tril() - X.tril().mT)
+    if len(original) == len(base):
+        R = base @ torch.matrix_exp(original.tril() - original.tril().mT)
     else:
-        below = X.tril(-1)
-        reflected = torch.linalg.householder_product(below, 2 / (1 + below.square().sum(0)))
-        turned = reflected * X.diagonal().int()  # as torch: signs that training must leave alone
-    R = (base @ turned).mT
+        below = original.mT.tril(-1)
+        turned = torch.linalg.householder_product(below, 2 / (1 + below.square().sum(0)))
+        signs = original.diagonal().int()  # as torch: signs that training must leave alone
+        R = (base @ (turned * signs)).mT
     if not torch.allclose(R @ R.mT, torch.eye(len(R)), atol=1e-3):
         raise FormatError(
             f"{what} makes rows that aren't orthonormal, as torch's parametrisation does after "

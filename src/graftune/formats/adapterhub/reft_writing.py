@@ -87,6 +87,8 @@ def _unit(method: ReftMethod, unit: Intervention) -> dict[str, Tensor]:
 
 
 def _completed(R: Tensor) -> Tensor:
-    """Returns an orthogonal matrix, `(d, d)`, whose first columns are the rows of R."""
+    """Returns an orthogonal (d, d) whose first columns are the rows of R; R itself if square."""
+    if R.shape[0] == R.shape[1]:
+        return R.clone()
     Q = torch.linalg.qr(R.mT, mode="complete").Q
     return torch.cat([R.mT, Q[:, len(R) :]], dim=1)
