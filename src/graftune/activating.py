@@ -23,7 +23,7 @@ from graftune.composition import (
 )
 from graftune.errors import AdapterError
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, HiddenPlace
-from graftune.sites.embedding import takes_any_length
+from graftune.sites.entrance import takes_any_length
 from graftune.sites.plan import Plan
 from graftune.sites.tasks import checked_tasks, tasks_of_rows
 

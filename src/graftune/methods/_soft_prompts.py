@@ -14,7 +14,7 @@ from graftune.errors import AdapterError, SettingsError
 from graftune.methods.base import Method
 from graftune.sites import hosts
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft
-from graftune.sites.embedding import PositionTable, entrance
+from graftune.sites.entrance import PositionTable, entrance
 
 FREQUENT = 5000
 """Rows of the embedding table that a vocabulary's are drawn from: frequent ones come first."""

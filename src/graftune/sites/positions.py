@@ -18,7 +18,7 @@ from graftune.anatomy import Anatomy, Stack
 from graftune.composition import Mean, Steps
 from graftune.errors import AdapterError, SettingsError
 from graftune.sites.base import Delta, Graft, PositionPlace, Site
-from graftune.sites.embedding import PositionTable, above
+from graftune.sites.entrance import PositionTable, above
 from graftune.sites.plan import RowsAt, joined
 from graftune.sites.state import Active
 

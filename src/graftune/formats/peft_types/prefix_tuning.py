@@ -24,7 +24,7 @@ from graftune.formats.peft_prompts import EMBEDDINGS, PromptsType, prompt_task, 
 from graftune.methods._prefix import PrefixValues
 from graftune.methods.prefix import PrefixTuning
 from graftune.sites.base import AttentionPlace, Graft
-from graftune.sites.embedding import above
+from graftune.sites.entrance import above
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
