@@ -213,3 +213,54 @@ def test_keys_are_shifted_for_the_adapters_that_ask_for_it_alone() -> None:
     assert torch.equal(logits(model, inputs), before)
     with pytest.raises(SettingsError, match="shift_keys is for attentions with relative biases"):
         gt.attach(FAMILIES["llama"].build(), gt.PrefixTuning(shift_keys=True), "task")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "t5", "bert"])
+def test_a_start_from_words_is_what_the_base_makes_of_them(family: str) -> None:
+    model = FAMILIES[family].build()
+    words = (7, 9, 4)
+    method = gt.PrefixTuning(length=5, hidden=None, init_tokens=words)
+    adapter = gt.attach(model, method, "task", seed=1)
+    plain: Any = FAMILIES[family].build()
+    ids = torch.tensor([[7, 9, 4, 7, 9]])
+    more = {"decoder_input_ids": ids} if family == "t5" else {}
+    with torch.no_grad():
+        states = plain(input_ids=ids, **more, output_hidden_states=True)
+    own = {n: t for n, t in adapter.state_dict().items() if ".prefix." in n}
+    if family == "bert":  # the first block sees the embeddings
+        host = plain.bert.encoder.layer[0].attention.self
+        h, name = states.hidden_states[0][0], "bert.encoder.layer.0.attention.self.prefix"
+        expected = host.key(h), host.value(h)
+    elif family == "gpt2":
+        block = plain.transformer.h[1]
+        h, name = block.ln_1(states.hidden_states[1][0]), "transformer.h.1.attn.prefix"
+        expected = block.attn.c_attn(h).chunk(3, -1)[1:]
+    elif family == "t5":
+        block = plain.decoder.block[1].layer[1]
+        h, name = (
+            states.encoder_last_hidden_state[0],
+            "decoder.block.1.layer.1.EncDecAttention.prefix",
+        )
+        expected = block.EncDecAttention.k(h), block.EncDecAttention.v(h)
+    else:
+        block = plain.transformer.h[0]
+        h, name = (
+            block.input_layernorm(states.hidden_states[0][0]),
+            "transformer.h.0.self_attention.prefix",
+        )
+        heads = block.self_attention.query_key_value(h).unflatten(-1, (plain.config.n_head, 3, -1))
+        expected = heads[..., 1, :].flatten(1), heads[..., 2, :].flatten(1)
+    torch.testing.assert_close(own[f"{name}.key"], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(own[f"{name}.value"], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_start_from_words_needs_words() -> None:
+    with pytest.raises(SettingsError, match="set hidden=None"):
+        gt.PrefixTuning(init_tokens=(1, 2))
+    with pytest.raises(SettingsError, match=r"init_tokens is \[\], expected token ids"):
+        gt.PrefixTuning(hidden=None, init_tokens=())
+    method = gt.PrefixTuning(hidden=None, init_tokens=(10_000,))
+    with pytest.raises(SettingsError, match="holds 10000, and the model has 99 tokens"):
+        gt.attach(FAMILIES["bert"].build(), method, "task")
+    with pytest.raises(SettingsError, match="for models that take token ids"):
+        gt.attach(FAMILIES["vit"].build(), gt.PrefixTuning(hidden=None, init_tokens=(1,)), "task")

@@ -22,6 +22,7 @@ from graftune.errors import SettingsError
 from graftune.methods._attentions import Attention, attentions
 from graftune.methods._gate import GATES, add_gates
 from graftune.methods._prefix import Gateable, Mlp, PrefixFromMlp, PrefixValues
+from graftune.methods._prefix_start import activations
 from graftune.methods.base import Method, register
 from graftune.sites.base import Delta, Graft
 from graftune.sites.placing import replace_deltas
@@ -47,6 +48,9 @@ class PrefixTuning(Method):
     """m: virtual tokens before each attention's own."""
     hidden: int | None = 512
     """Width of the MLP that makes the prefix in training; None trains the prefix itself."""
+    init_tokens: tuple[int, ...] | None = None
+    """Token ids, repeated or cut to the length, of which the prefix starts as the base's own keys
+    and values; with hidden=None."""
     sublayers: tuple[str, ...] = KINDS
     """Attentions that get one: "attention", "cross-attention"."""
     dropout: float = 0.0
@@ -70,6 +74,7 @@ class PrefixTuning(Method):
         if self.hidden is not None:
             self._check_number("hidden", 1)
         self._check_number("dropout", 0, 1, open_high=True)
+        self._check_tokens()
         if self.gate is not None:
             self._check_choice("gate", GATES)
         unknown = [kind for kind in self.sublayers if kind not in KINDS]
@@ -77,6 +82,19 @@ class PrefixTuning(Method):
             raise SettingsError(
                 f"{self.name}: sublayers is {list(self.sublayers)}, expected one or both of "
                 f"{', '.join(KINDS)}."
+            )
+
+    def _check_tokens(self) -> None:
+        if self.init_tokens is None:
+            return
+        if not self.init_tokens or min(self.init_tokens) < 0:
+            raise SettingsError(
+                f"{self.name}: init_tokens is {list(self.init_tokens)}, expected token ids."
+            )
+        if self.hidden is not None:
+            raise SettingsError(
+                f"{self.name}: init_tokens gives the prefix itself a start, and hidden="
+                f"{self.hidden} an MLP that makes it: set hidden=None."
             )
 
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
@@ -88,6 +106,8 @@ class PrefixTuning(Method):
         found = list(attentions(self.name, model, anatomy, self.sublayers, self.layers))
         if self.hidden is None:
             grafts = [Graft(one.place, self._values(one, empty)) for one in found]
+            if self.init_tokens is not None and not empty:
+                self._start(model, found, grafts)
         else:
             grafts = self._made(found, anatomy.blocks[0].width, self.hidden, empty)
         return self._completed(model, grafts, found, anatomy, empty)
@@ -123,6 +143,17 @@ class PrefixTuning(Method):
             new.requires_grad_(next(old.parameters()).requires_grad)
         if last:
             replace_deltas(adapter.model, adapter.grafts, last)
+
+    def _start(self, model: nn.Module, found: list[Attention], grafts: list[Graft]) -> None:
+        """Lets prefixes start as the base's own keys and values of tokens."""
+        assert self.init_tokens is not None
+        if next(model.parameters()).is_meta:
+            return
+        starts = activations(self.name, model, found, self.init_tokens, self.length)
+        for graft, (key, value) in zip(grafts, starts, strict=True):
+            assert isinstance(graft.delta, PrefixValues)
+            graft.delta.key.data.copy_(key)
+            graft.delta.value.data.copy_(value)
 
     @property
     def _gates(self) -> int:
