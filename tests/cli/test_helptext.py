@@ -5,7 +5,7 @@ import pytest
 
 COMMANDS = [
     *("demo", "train", "evaluate", "predict", "inspect", "convert", "merge", "methods"),
-    "intrinsic",
+    *("intrinsic", "transfer"),
 ]
 HEAVY = ["torch", "transformers", "datasets", "pydantic", "jinja2", "numpy", "rich", "yaml"]
 LIST_MODULES = """

@@ -16,6 +16,7 @@ from graftune.cli.merge import merge
 from graftune.cli.methods import methods
 from graftune.cli.predict import predict
 from graftune.cli.train import train
+from graftune.cli.transfer import transfer
 
 app = typer.Typer(
     cls=Group,
@@ -56,4 +57,4 @@ def _top(
     """
 
 
-add(app, demo, train, evaluate, predict, inspect, convert, merge, methods, intrinsic)
+add(app, demo, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer)
