@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import graftune as gt
 from graftune.errors import AdapterError, AnatomyError, GraftuneError, SettingsError
-from graftune.methods._gate import Gate
 from graftune.methods._bottleneck import ACTIVATIONS, BottleneckDelta, BottleneckMethod
+from graftune.methods._gate import Gate
 from graftune.methods.base import Method
 from graftune.sites.base import Seen, SublayerPlace
 from tests.contract.subjects import logits, scores, shake
