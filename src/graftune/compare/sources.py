@@ -28,12 +28,10 @@ def named(target: str | Path, sources: Sequence[str | Path]) -> dict[str, str]:
         >>> named("runs/new", ["runs/a", "runs/b/adapter", "old/a"])
         {'a': 'runs/a', 'b': 'runs/b/adapter', 'a-2': 'old/a'}
     """
-    from graftune.tasks.beside import folder_of
-
     found: dict[str, str] = {}
-    seen = {folder_of(target).resolve(): ""}
+    seen = {_place(target): ""}
     for source in map(str, sources):
-        place = folder_of(source).resolve()
+        place = _place(source)
         if place in seen:
             what = "the target itself" if seen[place] == "" else f'"{seen[place]}" once more'
             raise SettingsError(f'the source "{source}" is {what}: give each prompt once.')
@@ -140,6 +138,14 @@ def _detach(model: Any, name: str) -> None:
 
     activate(model, None)
     detach(model, name)
+
+
+def _place(given: str | Path) -> Path:
+    """Returns which adapter's folder a directory is, without fetching what isn't here."""
+    from graftune.tasks.workspace import ADAPTER
+
+    place = Path(given)
+    return (place / ADAPTER if (place / ADAPTER).is_dir() else place).resolve()
 
 
 def _name(place: Path) -> str:
