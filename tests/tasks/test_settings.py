@@ -99,6 +99,17 @@ def test_keyword_arguments_are_checked_alike() -> None:
 
 def test_schema_describes_every_section() -> None:
     schema = RunSettings.json_schema()
-    sections = {"base", "task", "task_options", "data", "method", "beside", "start", "train", "out", "name"}
+    sections = {
+        "base",
+        "task",
+        "task_options",
+        "data",
+        "method",
+        "beside",
+        "start",
+        "train",
+        "out",
+        "name",
+    }
     assert sections == schema["properties"].keys()
     assert "Learning rate" in schema["$defs"]["TrainSettings"]["properties"]["lr"]["description"]
