@@ -329,7 +329,7 @@ def test_other_invertible_adapters_are_refused(
         ({"brand_new": 3}, '"brand_new" \\(3\\), written by AdapterHub adapters 1.3.0, is unknown'),
         ({"residual_before_ln": "post_add", "original_ln_before": False}, "post_add"),
         ({"reduction_factor": {"0": 4}}, "reduction has nothing for block 1"),
-        ({"architecture": "union"}, 'of kind "union".*this version reads .*bottleneck'),
+        ({"architecture": "mtl_lora"}, 'of kind "mtl_lora".*this version reads .*bottleneck'),
     ],
     ids=str,
 )
