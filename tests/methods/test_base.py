@@ -103,6 +103,29 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         )
         for name, method in (("LoReFT", gt.LoReFT), ("NoReFT", gt.NoReFT), ("DiReFT", gt.DiReFT))
     },
+    "PTuning": lambda: st.builds(
+        gt.PTuning,
+        length=st.integers(1, 99),
+        encoder=st.sampled_from(["lstm", "mlp"]),
+        hidden=st.none() | st.integers(1, 512),
+        marker=st.none() | st.integers(0, 99),
+        train_head=heads,
+    ),
+    "MultitaskPromptTuning": lambda: st.builds(
+        gt.MultitaskPromptTuning,
+        length=st.integers(1, 99),
+        tasks=st.integers(1, 9),
+        r=st.integers(1, 4),
+        task_init=st.sampled_from(["ones", "normal"]),
+        train_head=heads,
+    ),
+    "LLaMAAdapter": lambda: st.builds(
+        gt.LLaMAAdapter,
+        length=st.integers(1, 99),
+        gate=st.sampled_from(["head", "layer"]),
+        layers=layers,
+        train_head=heads,
+    ),
     "MAM": lambda: st.builds(
         gt.MAM,
         length=st.integers(1, 99),
