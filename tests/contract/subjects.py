@@ -127,6 +127,13 @@ EAGER_ONLY = ("gemma2",)
 STEPS = 100
 """Optimizer steps that methods with a schedule are told; the suite takes a few of them."""
 
+VARIANTS = (
+    *("compacterpp", "ptuningv2", "noreft", "direft", "multitask"),
+    *("mam", "unipelt", "union"),
+)
+"""Methods that act where another of METHODS does, by the same means: outside KINDS they are tried
+by `make test-all` alone."""
+
 CASES = [(m, f) for f in FAMILIES for m in METHODS if ("attach", m, f) not in REFUSALS]
 KINDS = ("bert", "gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "t5", "vit")
 """Families that cover every kind of block, for what is slow: post- and pre-norm, fused, Conv1D,

@@ -27,6 +27,7 @@ from tests.contract.subjects import (
     OFF_AT_START,
     ONE_SIZE,
     REFUSALS,
+    VARIANTS,
     Subject,
     logits,
     same,
@@ -35,7 +36,13 @@ from tests.contract.subjects import (
     tensors,
 )
 
-every_case = pytest.mark.parametrize(("method", "family"), CASES)
+every_case = pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pytest.param(m, f, marks=[pytest.mark.slow] if m in VARIANTS and f not in KINDS else [])
+        for m, f in CASES
+    ],
+)
 some_cases = pytest.mark.parametrize(("method", "family"), [(m, f) for m, f in CASES if f in KINDS])
 
 

@@ -73,7 +73,7 @@ def test_ours_come_back_as_the_same_function(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, r'behind the embedding layer, and this one before it \(enters="blocks"\)'),
+        ({}, r'behind the embedding layer, and this PromptTuning before it \(enters="blocks"\)'),
         ({"enters": "blocks", "position": "front"}, 'position="after-first" or stays=True'),
     ],
 )

@@ -31,8 +31,8 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     assert isinstance(delta, Prompt)
     if not isinstance(graft.place, HiddenPlace):
         raise FormatError(
-            "AdapterHub's prompts enter behind the embedding layer, and this one before it "
-            '(enters="blocks").'
+            f"AdapterHub's prompts enter behind the embedding layer, and this {method.name} before "
+            'it (enters="blocks").'
         )
     position = "after-first" if delta.is_after_first else "front"
     if position == "front" and not method.stays:
