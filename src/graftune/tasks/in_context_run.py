@@ -21,6 +21,7 @@ from graftune.tasks.resolving import UNBOUNDED, check_roles, most_tokens, precis
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings, TrainSettings
 from graftune.tasks.task import Ready, Task, find_task
+from graftune.tasks.task_file import write_task
 
 ROWS_AT_ONCE = 16
 SHOWN_ANSWERS = 8
@@ -157,19 +158,8 @@ class InContextRun:
         )
 
     def _save(self, shown: Demonstrations, ready: Ready, run_dir: Path) -> None:
-        told = {
-            "task": self.task.name,
-            "task_options": self.settings.task_options,
-            "base": self.settings.base,
-            "labels": self.labels,
-            "max_length": ready.max_length,
-            "columns": self.data.report.columns,
-            "chat_template": None if self.task.picks else ready.tokenizer.chat_template,
-            "precision": precision(self.settings),
-        }
         prompting.save(run_dir / workspace.ADAPTER, self.method, shown)
-        for directory in (run_dir / workspace.ADAPTER, run_dir):
-            workspace.write_json(directory / workspace.TASK, told)
+        write_task(self, ready, run_dir, chats=not self.task.picks)
 
     def _test(self, prompt: RankedPrompt | ChatPrompt, ready: Ready, run_dir: Path) -> Measured:
         examples = self._tested()

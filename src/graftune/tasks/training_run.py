@@ -21,6 +21,7 @@ from graftune.tasks.resolving import length_limit, method_of, precision, resolve
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Encoded, Ready, Task, find_task
+from graftune.tasks.task_file import write_task
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -270,21 +271,15 @@ class TrainingRun:
 
     def _save(self, adapter: Adapter, ready: Ready, run_dir: Path) -> None:
         """Writes the adapter and, beside it and in the run's directory, what prediction needs."""
-        told = {
-            "task": self.task.name,
-            "task_options": self.settings.task_options,
-            "base": self.settings.base,
-            "labels": self.labels,
-            "max_length": ready.max_length,
-            "columns": self.data.report.columns,
-            "chat_template": None if self.task.new_head else ready.tokenizer.chat_template,
-            "precision": precision(self.settings),
-            "beside": list(self.settings.beside),
-            "drop": dropping.schedule(self.settings.train.drop).rest,
-        }
         adapter.save(run_dir / workspace.ADAPTER)
-        for directory in (run_dir / workspace.ADAPTER, run_dir):
-            workspace.write_json(directory / workspace.TASK, told)
+        write_task(
+            self,
+            ready,
+            run_dir,
+            chats=not self.task.new_head,
+            beside=list(self.settings.beside),
+            drop=dropping.schedule(self.settings.train.drop).rest,
+        )
 
     def _test(self, ready: Ready, encoded: Mapping[str, Encoded], run_dir: Path) -> Measured:
         examples = self.data.splits.get("test")
