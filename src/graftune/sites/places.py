@@ -17,6 +17,14 @@ class PlaceBeside:
     site: ClassVar[str]
     """Name of the site among those of the host."""
     parameter: ClassVar[str] = ""
+    name: str
+    """What is there, for the names of its tensors."""
+    module: str
+
+    @property
+    def key(self) -> str:
+        """What the names of the tensors at this place begin with."""
+        return f"{self.module}.{self.name}" if self.module else self.name
 
     def size(self, host: nn.Module) -> int:
         """Returns 0: it changes no entry of the base."""
@@ -28,15 +36,11 @@ class EmbeddingPlace(PlaceBeside):
     """Where token ids become embeddings."""
 
     site: ClassVar[str] = "embedding"
+    name = "prompt"
     module: str
     """The body: takes `input_ids` or `inputs_embeds`."""
     reader: str | None = None
     """The decoder that attends to what the body answers, of an encoder-decoder."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.prompt" if self.module else "prompt"
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,11 @@ class HiddenPlace(PlaceBeside):
     """Behind the embedding layer of a body."""
 
     site: ClassVar[str] = "hidden"
+    name = "prompt"
     module: str
     """The body."""
     embeddings: str
     """Its embedding layer."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.prompt" if self.module else "prompt"
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,8 @@ class AttentionPlace(PlaceBeside):
     """The module that calls the attention function."""
     kind: str = "attention"
     name: str = "prefix"
-    """What is there, for the names of its tensors."""
     biases: str | None = None
     """The attention that has the relative biases of this one (T5: that of the first block)."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.{self.name}"
 
 
 @dataclass(frozen=True)
@@ -147,13 +141,9 @@ class PositionPlace(PlaceBeside):
     """Where a body is told its tokens' positions."""
 
     site: ClassVar[str] = "positions"
+    name = "positions"
     module: str
     """The body: takes `position_ids`."""
-
-    @property
-    def key(self) -> str:
-        """What the names of the tensors at this place begin with."""
-        return f"{self.module}.positions" if self.module else "positions"
 
 
 Place = (

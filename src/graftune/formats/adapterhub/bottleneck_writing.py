@@ -64,13 +64,13 @@ def settings(adapter: Adapter, method: BottleneckMethod) -> dict[str, Any]:
     crosses = "cross-attention" in kinds
     if crosses and not is_t5 and "attention" not in kinds:
         raise FormatError("AdapterHub has no bottleneck after cross-attention alone.")
-    chosen = {place.name.rpartition(".")[0] for place, _ in _bottlenecks(adapter)}
+    names = [place.name for place, _ in _bottlenecks(adapter)]
     return {
         **_UNUSED,
         "cross_adapter": crosses and is_t5,
         "dropout": method.dropout,
         "init_weights": {o: t for t, o in INITS.items()}.get(method.init, "bert"),
-        "leave_out": [b.index for b in adapter.anatomy.blocks if b.path not in chosen],
+        "leave_out": paths.left_out(adapter.anatomy, names),
         "ln_after": method.norm_after,
         "ln_before": method.norm_before,
         "mh_adapter": "attention" in kinds,

@@ -134,7 +134,7 @@ def _places(adapter: Adapter, parts: Sequence[_Part]) -> dict[str, Any]:
     return {
         "architecture": "lora",
         "attn_matrices": letters,
-        "leave_out": [b.index for b in adapter.anatomy.blocks if b.index not in chosen],
+        "leave_out": paths.left_out(adapter.anatomy, {found.part.module for found in parts}),
         "selfattn_lora": bool(letters),
         **{flag: role in roles for role, flag in flags.items()},
     }

@@ -8,6 +8,7 @@ T5          layer.N                                     the N-th sublayer
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from graftune.anatomy import Anatomy
@@ -79,6 +80,15 @@ def attention_home(anatomy: Anatomy, module: str) -> str:
 def reft_home(anatomy: Anatomy, block: Block) -> str:
     """Returns what the interventions of a block hang on."""
     return f"{_block(anatomy, block)}.reft_layer"
+
+
+def left_out(anatomy: Anatomy, names: Collection[str]) -> list[int]:
+    """Returns the blocks in which none of some modules or sublayers is, by index."""
+    return [
+        block.index
+        for block in anatomy.blocks
+        if not any(is_in(name, (block.path,)) for name in names)
+    ]
 
 
 def _block(anatomy: Anatomy, block: Block) -> str:

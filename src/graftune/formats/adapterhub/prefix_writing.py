@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftune.anatomy.modules import is_in
 from graftune.errors import FormatError
 from graftune.formats.adapterhub import paths
 from graftune.formats.adapterhub.low_rank import GATE
@@ -46,16 +45,11 @@ def content(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None
             home = table_of(adapter.anatomy, graft.place)
             tables.setdefault(home, []).extend(_values(adapter, graft))
             places.append(graft.place.module)
-    left_out = [
-        block.index
-        for block in adapter.anatomy.blocks
-        if not any(is_in(place, (block.path,)) for place in places)
-    ]
     settings = {
         **_UNUSED,
         "cross_prefix": "cross-attention" in method.sublayers,
         "dropout": method.dropout,
-        "leave_out": left_out,
+        "leave_out": paths.left_out(adapter.anatomy, places),
         "prefix_length": method.length,
         "shared_gating": method.shared_gate,
         "use_gating": method.gate is not None,
