@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import graftune as gt
+from graftune.anatomy.modules import is_in
 from graftune.formats.adapterhub.writing import save
 
 ROOT = os.environ.get("GRAFTUNE_ADAPTERHUB_FIXTURES")
@@ -40,7 +42,6 @@ CHAIN = "AdapterHub's Stack of LoRAs is a chain, the second reading the first's 
 LEFT_OUT: dict[str, str] = {
     "average": OVER_N_TWICE,
     "stack_lora": CHAIN,
-    "t5/seq_bn_adapterdrop0": "skip_layers=[0] is the encoder's first block, drop=1 both stacks'",
     "flex_head": "has a test of its own",
 }
 """Cases that aren't compared, of one architecture or of all, and why."""
@@ -89,6 +90,15 @@ def _composition(setup: str) -> Any:
     return eval(text, {"a": "a", "b": "b", "lang": "lang", **made})
 
 
+def _shut(adapters: dict[str, gt.Adapter], blocks: Sequence[int]) -> None:
+    """Lets bottlenecks in some blocks add nothing, as if there were none."""
+    for adapter in adapters.values():
+        inside = {block.path for block in adapter.anatomy.blocks if block.index in blocks}
+        for name, tensor in adapter.named_parameters():
+            if name.endswith((".up", ".up_bias")) and is_in(name, inside):
+                tensor.data.zero_()
+
+
 @pytest.mark.parametrize(("arch", "case"), _cases(), ids=lambda part: part)
 def test_logits_are_those_of_adapterhub(arch: str, case: str, tmp_path: Path) -> None:
     reason = LEFT_OUT.get(f"{arch}/{case}") or LEFT_OUT.get(case)
@@ -100,7 +110,11 @@ def test_logits_are_those_of_adapterhub(arch: str, case: str, tmp_path: Path) ->
         gt.load(model, _told(case, folder / f"adapter_{name}", tmp_path), name=name)
     if about["fusion"]:
         gt.load(model, folder / "fusion", name="fusion")
-    gt.activate(model, _composition(about["setup"]), drop=len(about["skip_layers"] or ()))
+    skipped = about["skip_layers"] or ()
+    if arch == "t5":  # counted over both stacks, where `drop` counts each
+        _shut(gt.adapters(model), skipped)
+        skipped = ()
+    gt.activate(model, _composition(about["setup"]), drop=len(skipped))
     expected = load_file(folder / "outputs.safetensors")
     start, end = f"{about['reference_impl']}/", "/logits"
     variants = [k[len(start) : -len(end)] for k in expected if k.startswith(start)]
