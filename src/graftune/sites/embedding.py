@@ -37,7 +37,7 @@ from graftune.sites.tasks import checked_tasks, tasks_of_rows
 from graftune.sites.woven import Woven
 
 MARK = "_graftune_prompt"
-"""Attribute of a cache that holds a prompt."""
+"""Attribute of a cache that holds a prompt: the prompt, and how many tokens it came in with."""
 
 
 class EmbeddingSite(Site):
@@ -128,7 +128,7 @@ class EmbeddingSite(Site):
         woven, at, length = found
         for value in _values(output):
             if hasattr(value, "get_seq_length"):
-                setattr(value, MARK, woven)
+                setattr(value, MARK, (woven, length))
         if self.reads or self._keeps():
             return None
         return shorter(host, output, woven, at, length)
@@ -222,7 +222,7 @@ class EmbeddingSite(Site):
             changed["token_type_ids"] = woven.into(none, types.expand(len(ids), -1), at)
         positions = self._positions(given, ids, woven)
         if positions is not None:
-            changed["position_ids"] = woven.positions(positions, at)
+            changed["position_ids"] = woven.positions(positions, at, mask)
         self.kept["woven", thread_id()] = (woven, at, ids.shape[1])
         rest = {name: value for name, value in given.items() if name != "input_ids"}
         return {**rest, **changed}
@@ -255,7 +255,8 @@ class EmbeddingSite(Site):
         """Returns the arguments of a pass that goes on with a cache which may hold a prompt."""
         if mark is None:
             return given
-        woven: Woven = mark
+        woven: Woven = mark[0]
+        first: int = mark[1]  # tokens that the prompt came in with
         changed: dict[str, Any] = {}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         check_mask(mask)
@@ -264,7 +265,13 @@ class EmbeddingSite(Site):
         if mask is None and woven.lengths is not None:
             mask = ids.new_ones(len(ids), known + ids.shape[1])
         if mask is not None:
-            changed["attention_mask"] = woven.mask(mask, woven.at(mask, len(mask), mask.device))
+            at = woven.at(mask, len(mask), mask.device, first)
+            if woven.is_after_first and bool((at != woven.at(mask, len(mask), mask.device)).any()):
+                raise AdapterError(
+                    f"A prompt after the first token can't follow it where a row's first {first} "
+                    "tokens are padding alone: generate with a larger prefill_chunk_size."
+                )
+            changed["attention_mask"] = woven.mask(mask, at)
             masks.woven(given.get("attention_mask"), changed["attention_mask"])
         if positions is None and woven.lengths is not None:
             positions = self._counted(known, ids)

@@ -34,18 +34,23 @@ class Woven:
         """M, by which the sequence grows."""
         return self.prompt.shape[1]
 
-    def at(self, mask: Tensor | None, rows: int, device: torch.device) -> Tensor:
-        """Returns before which token of each row the prompt comes, `(B, 1)`.
+    def at(
+        self, mask: Tensor | None, rows: int, device: torch.device, known: int | None = None
+    ) -> Tensor:
+        """Returns before which token of each row the prompt comes, `(B, 1)`; n if all are padding.
 
         Args:
             mask: `(B, n)`, or None where nothing is padded.
             rows: B.
             device: of the batch.
+            known: how many tokens there were when the prompt came in; None for all.
         """
         after = int(self.is_after_first)
         if mask is None:
             return torch.full((rows, 1), after, device=device)
-        return (mask != 0).int().argmax(dim=1, keepdim=True) + after
+        mask = mask[:, :known]
+        at = (mask != 0).int().argmax(dim=1, keepdim=True) + after
+        return at.masked_fill(_is_empty(mask), mask.shape[1])
 
     def into(self, virtual: Tensor, tokens: Tensor, at: Tensor) -> Tensor:
         """Returns what is said of virtual tokens and of real ones as one sequence.
@@ -72,12 +77,17 @@ class Woven:
         place = torch.arange(self.most, device=at.device)
         return self.into((place >= self._fill(at)).expand(len(at), -1), tokens, at)
 
-    def positions(self, tokens: Tensor, at: Tensor) -> Tensor:
-        """Returns positions of the longer sequence: the prompt takes those of what it precedes."""
+    def positions(self, tokens: Tensor, at: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns positions of the longer sequence: the prompt takes those of what it precedes.
+
+        Rows of padding alone, as the first chunk of a long text may have, start at 0 with it.
+        """
         tokens = tokens.expand(len(at), -1)
         place = torch.arange(tokens.shape[1], device=at.device)
         last = tokens.shape[1] - 1
         start = tokens.gather(1, at.clamp(max=last)) + (at > last)
+        if mask is not None:
+            start = start.masked_fill(_is_empty(mask), 0)
         virtual = torch.arange(self.most, device=at.device) - self._fill(at)
         return self.into(start + virtual.clamp(min=0), self.later(tokens, place >= at), at)
 
@@ -90,6 +100,11 @@ class Woven:
         if self.lengths is None:
             return torch.zeros_like(at)
         return self.most - self.lengths[:, None]
+
+
+def _is_empty(mask: Tensor) -> Tensor:
+    """Returns which rows of a mask are padding alone, `(B, 1)`."""
+    return (mask == 0).all(dim=1, keepdim=True)
 
 
 def _picked(tensor: Tensor, places: Tensor) -> Tensor:
