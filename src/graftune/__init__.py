@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from graftune.methods.unipelt import UniPELT
     from graftune.methods.vera import VeRA
     from graftune.training import AdapterCallback, Trainer
+    from graftune.voting import vote
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ _HOMES = {
     "summary": "counting",
     "unmerge": "merging",
     "using": "adapter",
+    "vote": "voting",
 }
 __all__ = [
     "IA3",
@@ -145,6 +147,7 @@ __all__ = [
     "summary",
     "unmerge",
     "using",
+    "vote",
 ]
 
 
