@@ -69,6 +69,7 @@ PUBLIC = [
     "summary",
     "unmerge",
     "using",
+    "vote",
 ]
 
 
