@@ -162,7 +162,10 @@ class PrefixTuning(Method):
         assert self.init_tokens is not None
         if next(model.parameters()).is_meta:
             return
-        starts = activations(self.name, model, found, self.init_tokens, self.length)
+        first = 0 if self.shift_positions else -self.length
+        if self.position == "infix":
+            first = None
+        starts = activations(self.name, model, found, self.init_tokens, self.length, first)
         for graft, (key, value) in zip(grafts, starts, strict=True):
             assert isinstance(graft.delta, PrefixValues)
             graft.delta.key.data.copy_(key)
