@@ -299,7 +299,9 @@ def test_copies_and_pickles_generate_by_themselves_and_off_it_the_class_does() -
 @pytest.mark.parametrize("family", ["bert", "t5", "vit"])
 def test_models_without_a_prompt_before_an_answer_are_refused(family: str) -> None:
     model = FAMILIES[family].build()
-    with pytest.raises(SettingsError, match=r'position="infix" is for causal decoders, .* a '):
+    with pytest.raises(
+        SettingsError, match=r'position="infix" is for causal decoders, .* has blocks of '
+    ):
         gt.attach(model, gt.PrefixTuning(**SETTINGS))
     assert gt.adapters(model) == {}
 

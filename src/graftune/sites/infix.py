@@ -145,8 +145,7 @@ def infixes(method: str, model: nn.Module, anatomy: Anatomy) -> list[Graft]:
     if kinds != ["decoder"]:
         raise SettingsError(
             f'{method}: position="infix" is for causal decoders, whose prompt sees nothing of what '
-            f"follows it; this {type(model).__name__} is made of "
-            f"{' and '.join(f'a {kind}' for kind in kinds)}: in front a prefix is seen by all."
+            f"follows it; this {type(model).__name__} has blocks of {' and '.join(kinds)}."
         )
     return [Graft(InfixPlace(), InfixBegin())]
 
