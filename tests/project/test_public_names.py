@@ -54,6 +54,7 @@ PUBLIC = [
     "activate",
     "adapters",
     "anatomy",
+    "as_prefix",
     "attach",
     "combine",
     "detach",

@@ -146,6 +146,15 @@ class PositionPlace(PlaceBeside):
     """The body: takes `position_ids`."""
 
 
+@dataclass(frozen=True)
+class InfixPlace(PlaceBeside):
+    """Where a whole model is told from which token on infixes are seen."""
+
+    site: ClassVar[str] = "infix"
+    name = "infix"
+    module: str = ""
+
+
 Place = (
     LinearPlace
     | ParameterPlace
@@ -154,4 +163,5 @@ Place = (
     | EmbeddingPlace
     | HiddenPlace
     | PositionPlace
+    | InfixPlace
 )
