@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graftune.counting import summary
     from graftune.formats import inspect, load
     from graftune.fusing import fusion_weights, prune_fusion
+    from graftune.gating import gates
     from graftune.merging import merge, unmerge
     from graftune.methods.adalora import AdaLoRA
     from graftune.methods.adapterplus import AdapterPlus
@@ -74,6 +75,7 @@ _HOMES = {
     "combine": "combining",
     "detach": "adapter",
     "fusion_weights": "fusing",
+    "gates": "gating",
     "prune_fusion": "fusing",
     "inspect": "formats",
     "load": "formats",
@@ -136,6 +138,7 @@ __all__ = [
     "combine",
     "detach",
     "fusion_weights",
+    "gates",
     "inspect",
     "load",
     "merge",

@@ -58,6 +58,7 @@ PUBLIC = [
     "combine",
     "detach",
     "fusion_weights",
+    "gates",
     "inspect",
     "load",
     "merge",

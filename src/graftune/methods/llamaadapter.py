@@ -44,6 +44,10 @@ class GatedPrompt(AttentionDelta):
         norms = [path[inside:] for path in one.norms if leaf(path).startswith("k")]
         self.norm = norms[0] if norms else None
 
+    def opened(self) -> Tensor:
+        """Returns g, `(heads,)` or `(1,)`."""
+        return torch.tanh(self.gate) if self.is_bounded else self.gate
+
     def added(self, query: Tensor, module: nn.Module, scaling: float | None) -> Tensor:
         """See `AttentionDelta.added`."""
         groups, size = query.shape[1], query.shape[3]
@@ -59,7 +63,7 @@ class GatedPrompt(AttentionDelta):
             for of in (key, value)
         )
         answer = F.scaled_dot_product_attention(query, key, value, scale=scaling)
-        gate = torch.tanh(self.gate) if self.is_bounded else self.gate
+        gate = self.opened()
         return (gate[:, None, None].to(answer.dtype) * answer).transpose(1, 2)
 
 
