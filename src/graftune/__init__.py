@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from graftune.methods.reft import DiReFT, LoReFT, NoReFT
     from graftune.methods.said import SAID
     from graftune.methods.selective import Selective
+    from graftune.methods.unified import UnifiedAdapter
     from graftune.methods.union import Union
     from graftune.methods.unipelt import UniPELT
     from graftune.methods.vera import VeRA
@@ -129,6 +130,7 @@ __all__ = [
     "Stack",
     "Trainer",
     "UniPELT",
+    "UnifiedAdapter",
     "Union",
     "VeRA",
     "activate",

@@ -49,6 +49,7 @@ PUBLIC = [
     "Stack",
     "Trainer",
     "UniPELT",
+    "UnifiedAdapter",
     "Union",
     "VeRA",
     "activate",
