@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graftune.counting import summary
     from graftune.formats import inspect, load
     from graftune.fusing import fusion_weights, prune_fusion
+    from graftune.gating import gates
     from graftune.merging import merge, unmerge
     from graftune.methods.adalora import AdaLoRA
     from graftune.methods.adapterplus import AdapterPlus
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from graftune.methods.reft import DiReFT, LoReFT, NoReFT
     from graftune.methods.said import SAID
     from graftune.methods.selective import Selective
+    from graftune.methods.unified import UnifiedAdapter
     from graftune.methods.union import Union
     from graftune.methods.unipelt import UniPELT
     from graftune.methods.vera import VeRA
@@ -76,6 +78,7 @@ _HOMES = {
     "combine": "combining",
     "detach": "adapter",
     "fusion_weights": "fusing",
+    "gates": "gating",
     "prune_fusion": "fusing",
     "inspect": "formats",
     "load": "formats",
@@ -129,6 +132,7 @@ __all__ = [
     "Stack",
     "Trainer",
     "UniPELT",
+    "UnifiedAdapter",
     "Union",
     "VeRA",
     "activate",
@@ -139,6 +143,7 @@ __all__ = [
     "combine",
     "detach",
     "fusion_weights",
+    "gates",
     "inspect",
     "load",
     "merge",

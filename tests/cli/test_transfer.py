@@ -108,6 +108,55 @@ def test_average_starts_from_the_weighted_average(prompts, graftune) -> None:
     assert torch.equal(tokens(Path(one["chosen"]) / "adapter"), alone)
 
 
+def test_mixture_trains_one_prompt_on_the_likest_tasks_and_the_target_starts_from_it(
+    prompts, graftune, rows
+) -> None:
+    words = ["transfer", prompts / "new", *(prompts / name for name in "abc"), "--k", 2, "--json",
+             "--how", "mixture", "--cap", 20, "--out", prompts / "mixed", "--quiet"]  # fmt: skip
+    ended = graftune(*words)
+    assert ended.code == 0, ended.err
+    likest = [source["name"] for source in ended.json["ranking"][:2]]
+    assert ended.json["mixture"] == {**dict.fromkeys(likest, 20), "(target)": 20}
+    data = prompts / "mixed" / "mixture-data"
+    train = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    assert {row["label"].split("/")[0] for row in train} == {*likest, "(target)"}
+    mixture = json.loads((prompts / "mixed" / "mixture" / "result.json").read_text())
+    assert mixture["settings"]["task"] == "multitask"
+    assert len(mixture["labels"]) == 9
+    assert mixture["metrics"].keys() == {"validation"}
+    tuned = json.loads((Path(ended.json["chosen"]) / "result.json").read_text())
+    assert tuned["settings"]["start"] == str(prompts / "mixed" / "mixture")
+    assert tuned["settings"]["task"] == "classification"
+    assert tuned["metrics"] == ended.json["metrics"]
+    assert graftune(*words).json == ended.json
+
+
+def test_a_mixture_needs_its_sources_tasks(prompts, graftune, tmp_path) -> None:
+    import shutil
+
+    alone = Path(shutil.copytree(prompts / "a" / "adapter", tmp_path / "x" / "alone"))
+    words = ["transfer", prompts / "new", alone, "--how", "mixture", "--quiet",
+             "--out", tmp_path / "out"]  # fmt: skip
+    err = graftune(*words).err
+    assert "a mixture needs the task and the training data of every source" in err
+    assert "--source-settings alone=FILE" in err
+    told = tmp_path / "told.yaml"
+    text = (prompts / "a" / "run.yaml").read_text()
+    told.write_text(text.replace("mail.jsonl", "gone.jsonl"))
+    err = graftune(*words, "--source-settings", f"alone={told}").err
+    assert 'the training data of "alone" can\'t be mixed in' in err
+    told.write_text(text.replace("task: classification", "task: choices"))
+    err = graftune(*words, "--source-settings", f"alone={told}").err
+    assert 'source "alone" is of the task choices and the target of classification' in err
+    assert not (tmp_path / "out").exists()
+    told.write_text(text)
+    ended = graftune(*words, "--source-settings", f"alone={told}")
+    assert ended.code == 0, ended.err
+    assert "rows" in ended.out
+    err = graftune(*words, "--source-settings", f"alon={told}").err
+    assert 'given for "alon"; the sources are alone. Did you mean "alone"?' in err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -116,11 +165,14 @@ def test_average_starts_from_the_weighted_average(prompts, graftune) -> None:
         (["a", "--k", "0"], "k is 0, expected 1 to 1"),
         (["a", "new/adapter"], 'new/adapter" is the target itself'),
         (["a", "a/adapter"], "once more: give each prompt once"),
-        (["a", "--how", "bets"], 'how is "bets", expected one of best, average, rank. Did you'),
+        (["a", "--how", "bets"], 'how is "bets", expected one of best, average, mixture, rank'),
         (["a", "--similarity", "median"], 'similarity is "median", expected one of mean, pairs'),
         (["a", "nowhere"], "no adapter directory at"),
         (["a", "--set", "data.validation_fraction=0"], "chooses by the validation rows"),
         (["a", "--set", "train.step=3"], 'Did you mean "steps"'),
+        (["a", "--cap", "3"], 'a mixture alone has source settings and a cap; how is "best"'),
+        (["a", "--how", "mixture", "--cap", "0"], "cap is 0, expected the rows of one task"),
+        (["a", "--how", "mixture", "--source-settings", "a"], 'a", expected NAME=FILE'),
     ],
 )
 def test_what_can_not_be_is_told_before_anything_runs(words, told, prompts, graftune) -> None:

@@ -40,6 +40,7 @@ METHODS: dict[str, Method] = {
     "mam": gt.MAM(length=3, hidden=8, bottleneck=4),
     "unipelt": gt.UniPELT(length=3, hidden=8, bottleneck=4, r=2),
     "union": gt.Union(methods=(gt.LoRA(r=2, targets="attention"), gt.IA3(targets=()))),
+    "unified": gt.UnifiedAdapter(location="head", k=3),
     "loreft": gt.LoReFT(),
     "noreft": gt.NoReFT(r=2, tied=True),
     "direft": gt.DiReFT(r=2, prefix_positions=2),
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
 
 NOT_LINEAR = (
+    "unified",
     "unipelt",
     "mam",
     "gated",
@@ -129,7 +131,7 @@ STEPS = 100
 
 VARIANTS = (
     *("compacterpp", "ptuningv2", "noreft", "direft", "multitask"),
-    *("mam", "unipelt", "union"),
+    *("mam", "unipelt", "union", "unified"),
 )
 """Methods that act where another of METHODS does, by the same means: outside KINDS they are tried
 by `make test-all` alone."""

@@ -144,6 +144,17 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         layers=layers,
         train_head=heads,
     ),
+    "UnifiedAdapter": lambda: st.builds(
+        gt.UnifiedAdapter,
+        form=st.sampled_from(["relu", "gelu", "linear"]),
+        insertion=st.sampled_from(["parallel", "sequential"]),
+        location=st.sampled_from(["matrix", "attention", "ffn"]),
+        composition=st.sampled_from(["scaled", "gated"]),
+        scale=st.none() | st.floats(-4, 4),
+        k=st.integers(1, 99),
+        layers=layers,
+        train_head=heads,
+    ),
     "Union": lambda: st.builds(
         gt.Union,
         methods=st.just((gt.LoRA(r=2), gt.BitFit())) | st.just(({"name": "ia3", "layers": [1]},)),

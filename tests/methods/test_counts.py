@@ -190,6 +190,13 @@ COUNTS: list[tuple[str, Method, int]] = [
     ("ViT-B/16", gt.LoReFT(), 73_776),
     ("BART-large", gt.MAM(hidden=None, bottleneck=512), 27_414_528),
     ("BERT-base", gt.MAM(hidden=None, bottleneck=48), 1_447_488),
+    ("BERT-base", gt.UnifiedAdapter(location="head", k=30), 12 * 2 * 30 * 768),
+    ("LLaMA-7B", gt.UnifiedAdapter(location="head", k=10), 32 * 2 * 10 * 4096),
+    (
+        "BERT-base",
+        gt.UnifiedAdapter(location="matrix", insertion="sequential", k=8, targets="qv"),
+        294_912,
+    ),
     ("BERT-base", gt.Union(methods=(gt.LoRA(targets="qv"), gt.PfeifferAdapter())), 1_189_440),
     ("T5-base", gt.PrefixTuning(), 3 * (15_360 + 393_728) + 513 * 36 * 2 * 768),
     ("BERT-large", gt.PTuningV2(length=40), 1_966_080),

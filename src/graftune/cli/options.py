@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,4 +17,12 @@ Drop = Annotated[
     typer.Option(
         min=0, help="Leave the adapter out of so many lowest blocks; else as it was trained."
     ),
+]
+With = Annotated[
+    list[Path] | None,
+    typer.Option("--with", help="Another run or adapter that votes with it; may be repeated."),
+]
+Vote = Annotated[
+    str | None,
+    typer.Option(help="With --with: majority counts likeliest labels (default), mean averages."),
 ]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftune.cli.options import AsJson, Debug, Drop
+from graftune.cli.options import AsJson, Debug, Drop, Vote, With
 
 
 def predict(
@@ -34,6 +34,8 @@ def predict(
         ),
     ] = False,
     drop: Drop = None,
+    others: With = None,
+    vote: Vote = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -45,6 +47,7 @@ def predict(
     Examples:
       graftune predict runs/classification-lora "where is my parcel?" "it hums at night"
       graftune predict runs/classification-lora --data mail.csv --out answers.jsonl
+      graftune predict runs/a "where is my parcel?" --with runs/b --with runs/c
       cat questions.txt | graftune predict runs/instruct-lora --json
     """
     from graftune.cli import screen
@@ -52,7 +55,14 @@ def predict(
 
     rows = _rows(texts or [], data)
     found = answer(
-        run, rows, batch_size, base_only=base_only, max_new_tokens=max_new_tokens, drop=drop
+        run,
+        rows,
+        batch_size,
+        base_only=base_only,
+        max_new_tokens=max_new_tokens,
+        drop=drop,
+        others=others or (),
+        vote=vote,
     )
     if out is not None:
         write_lines(found, out)
@@ -100,7 +110,12 @@ def _show(rows: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
 
     if found and "label" in found[0]:
         table = [[one["label"], words.percent(one["score"]), one["text"]] for one in found]
-        screen.print_table(["label", "sure", "text"], table, numbers=9)
+        columns = ["label", "sure", "text"]
+        if "members" in found[0]:
+            columns[1:2] = ["votes", "members"]
+            for cells, one in zip(table, found, strict=True):
+                cells.insert(2, ", ".join(one["members"]))
+        screen.print_table(columns, table, numbers=9)
         return
     for row, one in zip(rows, found, strict=True):
         print(f"> {row if isinstance(row, str) else words.plain(row)}\n{one['answer']}\n")

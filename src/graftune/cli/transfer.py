@@ -29,7 +29,8 @@ def transfer(
         str,
         typer.Option(
             help="best: tune from each of the k likest, the best on validation rows counts; "
-            "average: from their weighted average; rank: train nothing."
+            "average: from their weighted average; mixture: from one prompt trained on their rows "
+            "and its own; rank: train nothing."
         ),
     ] = "best",
     k: Annotated[
@@ -46,6 +47,16 @@ def transfer(
     change: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any setting of these runs by its key; may be repeated."),
+    ] = None,
+    source_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE: settings file with a source's task and data, for a mixture, where it "
+            "isn't in its run's directory; may be repeated."
+        ),
+    ] = None,
+    cap: Annotated[
+        int | None, typer.Option(help="Rows of one task at most in a mixture; else 524,288.")
     ] = None,
     out: Annotated[
         str | None, typer.Option(help="Folder of all runs; else the target's, NAME-transfer.")
@@ -65,6 +76,7 @@ def transfer(
       graftune transfer runs/early runs/a runs/b runs/c --how rank
       graftune transfer runs/early runs/a runs/b runs/c --k 2 --set train.steps=1000
       graftune transfer runs/early runs/a runs/b --how average --similarity pairs
+      graftune transfer runs/early runs/a runs/b --how mixture --cap 5000
     """
     from graftune.cli.progress import watcher
     from graftune.compare.transfer import transfer as found_by
@@ -77,6 +89,8 @@ def transfer(
         k=k,
         kind=similarity,
         settings=_settings(target, settings, change or []),
+        source_settings=_told(source_settings or []),
+        cap=cap,
         out=out,
     )
     _show(made, as_json)
@@ -91,6 +105,20 @@ def _settings(target: str, file: Path | None, changes: list[str]) -> RunSettings
     return settings_of(target).with_overrides(changes)
 
 
+def _told(given: list[str]) -> dict[str, RunSettings]:
+    """Returns settings by the name that stands before each file's."""
+    from graftune.errors import SettingsError
+    from graftune.tasks.settings import RunSettings
+
+    found: dict[str, RunSettings] = {}
+    for text in given:
+        name, mark, file = text.partition("=")
+        if not (name and mark and file):
+            raise SettingsError(f'--source-settings is "{text}", expected NAME=FILE.')
+        found[name] = RunSettings.from_yaml(Path(file))
+    return found
+
+
 def _show(made: Transfer, as_json: bool) -> None:
     from graftune.cli import screen
     from graftune.compare.report import words
@@ -100,14 +128,18 @@ def _show(made: Transfer, as_json: bool) -> None:
         return
     metric = words.metric_name(made.metric)
     columns = ["source", "similarity"]
-    columns += {"best": [f"validation {metric}", f"test {metric}"], "average": ["weight"]}.get(
-        made.how, []
-    )
+    columns += {
+        "best": [f"validation {metric}", f"test {metric}"],
+        "average": ["weight"],
+        "mixture": ["rows"],
+    }.get(made.how, [])
     rows: list[list[str]] = []
     for source in made.ranking:
         cells = [source.name, f"{source.similarity:.3f}"]
         if made.how == "average":
             cells.append("–" if source.weight is None else words.percent(source.weight))
+        if made.how == "mixture":
+            cells.append(f"{made.mixture[source.name]:,}" if source.name in made.mixture else "–")
         if made.how == "best":
             scores = [source.metrics.get(split, {}) for split in ("validation", "test")]
             cells += [words.metric_value(made.metric, found.get(made.metric)) for found in scores]

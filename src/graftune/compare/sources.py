@@ -42,11 +42,14 @@ def named(target: str | Path, sources: Sequence[str | Path]) -> dict[str, str]:
     return found
 
 
-def settings_of(target: str | Path) -> RunSettings:
+WANTED = "its run.yaml would say what is trained on what: give the target's settings (--settings)."
+
+
+def settings_of(target: str | Path, wanted: str = WANTED) -> RunSettings:
     """Returns the settings of the run that a directory is, or is in.
 
     Raises:
-        SettingsError: it is in none.
+        SettingsError: it is in none; `wanted` tells what for.
     """
     from graftune.tasks.workspace import SETTINGS, read_settings
 
@@ -54,10 +57,7 @@ def settings_of(target: str | Path) -> RunSettings:
     for folder in (place, place.parent, place.parent.parent):
         if (folder / SETTINGS).is_file():
             return read_settings(folder)
-    raise SettingsError(
-        f"\"{target}\" isn't in a run's directory, which would say what is trained on what: give "
-        "the settings of the target's task."
-    )
+    raise SettingsError(f"\"{target}\" isn't in a run's directory: {wanted}")
 
 
 def prompts(settings: RunSettings, folders: Mapping[str, str]) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@ arXiv 2110.07904).
 
     best      tune the target from each of the k likest sources; the best on validation rows counts
     average   tune it from the average of the k likest, weighted by similarity
+    mixture   train one prompt on the k likest tasks' rows and its own; tune it from that
     rank      only tell how alike they are
 
 The target's own prompt, from a short run or an early checkpoint, says what it is like; equations
-are in `similarity`. The mixture of source tasks, the paper's third, needs mixed data: not here.
+are in `similarity`, how tasks are mixed in `mixture`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from graftune.tasks.result import RunResult, Watcher
     from graftune.tasks.settings import RunSettings
 
-HOW = ("best", "average", "rank")
+HOW = ("best", "average", "mixture", "rank")
 FILE = "transfer.json"
 DEFAULT_K = 3
 """Sources used unless told, or all where there are fewer."""
@@ -65,6 +66,8 @@ class Transfer:
     """The directory of the run that counts."""
     metrics: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     """What that run was measured at."""
+    mixture: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How many training rows each task has in the mixture."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the transfer as plain values."""
@@ -80,6 +83,8 @@ def transfer(
     k: int | None = None,
     kind: str = "mean",
     settings: RunSettings | None = None,
+    source_settings: Mapping[str, RunSettings] | None = None,
+    cap: int | None = None,
     out: str | Path | None = None,
 ) -> Transfer:
     """Ranks sources by how like a target they are, and tunes the target from the likest.
@@ -91,14 +96,18 @@ def transfer(
         target: directory of a run or an adapter, or of a run's checkpoint: its prompt, early.
         sources: directories of the prompts of other tasks.
         watch: told of every run's progress.
-        how: "best", "average" or "rank".
+        how: "best", "average", "mixture" or "rank".
         k: how many of the likest are used; None for DEFAULT_K, or all if there are fewer.
         kind: "mean" or "pairs", the similarity.
         settings: of the target's runs; None for those of the run that the target is of.
+        source_settings: for a mixture, the task and data of sources by name, where they aren't
+            those of the run that a source's directory is in.
+        cap: for a mixture, rows of one task at most; None for `mixture.CAP`.
         out: the folder; None puts it beside the target's run, `NAME-transfer`.
 
     Raises:
-        SettingsError: a value can't be, or the prompts have other lengths or are none.
+        SettingsError: a value can't be, or the prompts have other lengths or are none; or a
+            mixture's tasks are of several kinds.
         FormatError: a directory holds no adapter, or one for another base.
         DataError: the data can't be trained on.
     """
@@ -107,6 +116,7 @@ def transfer(
     settings = settings or given.settings_of(target)
     folder = Path(out) if out else settings.run_dir.with_name(f"{settings.run_name}-transfer")
     plan = _Plan(settings, folder)
+    tasks = _tasks(how, named, source_settings or {}, settings, cap)
     if how != "rank":
         plan.check(how)
     prompts = given.prompts(settings, {given.TARGET: str(target), **named})
@@ -116,6 +126,8 @@ def transfer(
         made = plan.best(made, watch)
     elif how == "average":
         made = plan.averaged(made, prompts, watch)
+    elif how == "mixture":
+        made = plan.mixed(made, tasks, cap, watch)
     _write(made, folder)
     return made
 
@@ -172,6 +184,26 @@ class _Plan:
         every = (*ranking, *made.ranking[made.k :])
         return dataclasses.replace(made, ranking=every, chosen=run.run_dir, metrics=run.metrics)
 
+    def mixed(
+        self,
+        made: Transfer,
+        tasks: Mapping[str, RunSettings],
+        cap: int | None,
+        watch: Watcher,
+    ) -> Transfer:
+        """Returns a transfer with a run from a prompt trained on the k likest tasks' rows too."""
+        from graftune.compare.mixture import CAP, mixed
+        from graftune.tasks.run import train
+
+        likest = {source.name: tasks[source.name] for source in made.ranking[: made.k]}
+        mixture = mixed(self.settings, likest, given.TARGET, cap or CAP)
+        watch.on_note("mixture:")
+        start = train(mixture.write(self.folder), watch=watch, resume=True)
+        run = self.trained("tuned", start.run_dir, watch)
+        return dataclasses.replace(
+            made, chosen=run.run_dir, metrics=run.metrics, mixture=mixture.counts
+        )
+
     def trained(self, name: str, start: str, watch: Watcher) -> RunResult:
         """Returns a run of the target from a start, trained unless it is finished already."""
         from graftune.tasks.run import train
@@ -180,6 +212,45 @@ class _Plan:
         watch.on_note(f"{name}:")
         settings = self.settings.replaced(name=name, out=str(folder), start=start)
         return train(settings, watch=watch, resume=True)
+
+
+def _tasks(
+    how: str,
+    named: Mapping[str, str],
+    told: Mapping[str, RunSettings],
+    target: RunSettings,
+    cap: int | None,
+) -> dict[str, RunSettings]:
+    """Returns what each source was trained on; {} where nothing is mixed.
+
+    Raises:
+        SettingsError: nothing says so of one, it is of another kind than the target, or what is
+            told is of no use.
+    """
+    from graftune.compare.mixture import check_kinds
+
+    if how != "mixture":
+        if told or cap is not None:
+            raise SettingsError(f'a mixture alone has source settings and a cap; how is "{how}".')
+        return {}
+    if cap is not None and cap < 1:
+        raise SettingsError(f"cap is {cap}, expected the rows of one task at most: 1 or more.")
+    for name in told:
+        if name not in named:
+            raise SettingsError(
+                f'source settings are given for "{name}"; the sources are {", ".join(named)}.'
+                f"{nearest(name, named)}"
+            )
+    found = dict(told)
+    for name, path in named.items():
+        if name not in told:
+            found[name] = given.settings_of(
+                path,
+                "a mixture needs the task and the training data of every source: give their "
+                f"settings (--source-settings {name}=FILE).",
+            )
+    check_kinds(target, found)
+    return found
 
 
 def _checked(how: str, kind: str, k: int | None, sources: int) -> int:

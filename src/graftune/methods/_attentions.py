@@ -32,6 +32,8 @@ class Attention:
     """Features of what it is given."""
     heads: int
     """Of queries."""
+    size: int
+    """Features of one head."""
     maps: tuple[Projection, Projection]
     """What makes its keys and its values."""
     norms: tuple[str, ...]
@@ -92,6 +94,7 @@ def _attention(method: str, model: nn.Module, span: Span, group: str, model_type
         values,
         hosts.features(model.get_submodule(query.module))[0],
         width // size if size else 1,
+        size or width,
         (key, value),
         span.inner_norms,
         hosts.delta_options(model.get_submodule(query.module)),

@@ -52,6 +52,10 @@ class GatedPrompt(AttentionDelta):
         self.kept.forget()
         return super().train(mode)
 
+    def opened(self) -> Tensor:
+        """Returns g, `(heads,)` or `(1,)`."""
+        return torch.tanh(self.gate) if self.is_bounded else self.gate
+
     def added(self, query: Tensor, module: nn.Module, scaling: float | None) -> Tensor:
         """See `AttentionDelta.added`."""
         sources = self._sources(module)
@@ -63,7 +67,7 @@ class GatedPrompt(AttentionDelta):
             key, value = self.kept.get(sources, settings, lambda: self._seen(query, module))
         key, value = (of.expand(len(query), -1, -1, -1) for of in (key, value))
         answer = F.scaled_dot_product_attention(query, key, value, scale=scaling)
-        gate = torch.tanh(self.gate) if self.is_bounded else self.gate
+        gate = self.opened()
         return (gate[:, None, None].to(answer.dtype) * answer).transpose(1, 2)
 
     def _seen(self, query: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class Predictor:
         """
         directory = Path(directory)
         told = read_task(directory)
-        adapter = _adapter(directory)
+        adapter = adapter_folder(directory)
         task = find_task(told["task"], told.get("task_options"))
         if (adapter / PROMPT).is_file():
             return _prompted(adapter, told, task, base_only, drop)
@@ -79,7 +79,7 @@ class Predictor:
         Raises:
             DataError: A row can't be asked.
         """
-        examples = [self._question(row, f"row {n}") for n, row in enumerate(rows, start=1)]
+        examples = [self.question(row, f"row {n}") for n, row in enumerate(rows, start=1)]
         if self.prompt is not None:
             check_sizes(batch_size, max_new_tokens)
             size, room = batch_size, max_new_tokens
@@ -99,7 +99,8 @@ class Predictor:
             return measure_answers(task, ready.labels, examples, found)
         return measure_logits(task, ready, task.encode(examples, ready).features, batch_size)
 
-    def _question(self, row: str | Mapping[str, Any], where: str) -> Example:
+    def question(self, row: str | Mapping[str, Any], where: str) -> Example:
+        """Returns a text or a row as what the task is asked."""
         if isinstance(row, Mapping):
             usual = {role: row[name] for role, name in self.columns.items() if name in row}
             row = {**row, **usual}
@@ -113,7 +114,7 @@ def needs_adapter(directory: Path) -> bool:
         FormatError: The directory is not a finished run's or an adapter's.
     """
     told = read_task(directory)
-    return find_task(told["task"]).new_head and not (_adapter(directory) / PROMPT).is_file()
+    return find_task(told["task"]).new_head and not (adapter_folder(directory) / PROMPT).is_file()
 
 
 def _prompted(
@@ -138,7 +139,7 @@ def _prompted(
     return Predictor(task, ready, told["columns"], prompt)
 
 
-def _adapter(directory: Path) -> Path:
+def adapter_folder(directory: Path) -> Path:
     """Returns the adapter's folder of a run's directory, or that directory itself."""
     return directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
 

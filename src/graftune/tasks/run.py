@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftune.errors import DataError
+from graftune.errors import DataError, SettingsError
 from graftune.tasks.result import RunResult, Silent, Watcher
 from graftune.tasks.settings import RunSettings
 
 if TYPE_CHECKING:
     from graftune.tasks.data import Example
+    from graftune.tasks.ensemble import Ensemble
     from graftune.tasks.in_context_run import InContextRun
     from graftune.tasks.task import Task
     from graftune.tasks.training_run import TrainingRun
@@ -83,8 +84,10 @@ def evaluate(
     *,
     batch_size: int = 32,
     drop: int | None = None,
+    others: Sequence[str | Path] = (),
+    vote: str | None = None,
 ) -> dict[str, Any]:
-    """Returns the metrics of a run's adapter on its own split or on other data.
+    """Returns the metrics of a run's adapter, or of several that vote, on held-out or other rows.
 
     Args:
         run_dir: A run's directory; with `data` also an adapter's.
@@ -92,27 +95,45 @@ def evaluate(
         split: Which part of it.
         batch_size: Rows computed at once.
         drop: Lowest blocks in which the adapter is left out; None for what it was trained for.
+        others: Directories of more adapters, which vote with the first one.
+        vote: How: "majority" (if None) or "mean".
 
     Returns:
-        `{"split", "rows", "metrics", "confusion", "labels"}`.
+        `{"split", "rows", "metrics", "confusion", "labels"}`; of a vote also `vote` and `members`,
+        each one's `{"path", "metrics"}`.
 
     Raises:
         FormatError: The directory is not a run's.
         DataError: The data can't be read, or has a label that the run doesn't know.
+        SettingsError: The adapters can't vote together, or saw each other's held-out rows.
     """
+    from graftune.tasks.ensemble import check_same_rows
     from graftune.tasks.predicting import Predictor
 
-    predictor = Predictor.load(run_dir, drop=drop)
-    task, ready = predictor.task, predictor.ready
-    examples = _examples(Path(run_dir), data, split, task, predictor.columns)
+    loaded: Ensemble | Predictor
+    if others or vote is not None:
+        loaded = _ensemble(run_dir, others, vote, drop)
+        if data is None:
+            check_same_rows([run_dir, *others])
+    else:
+        loaded = Predictor.load(run_dir, drop=drop)
+    task, ready = loaded.task, loaded.ready
+    examples = _examples(Path(run_dir), data, split, task, loaded.columns)
     _check_labels(examples, ready.labels)
-    found = predictor.measure(examples, batch_size)
+    more: dict[str, Any] = {}
+    if isinstance(loaded, Predictor):
+        found = loaded.measure(examples, batch_size)
+    else:
+        found, alone = loaded.measure(examples, batch_size)
+        members = [{"path": path, "metrics": one.metrics} for path, one in alone.items()]
+        more = {"vote": loaded.how, "members": members}
     return {
         "split": split,
         "rows": len(examples),
         "metrics": found.metrics,
         "confusion": found.confusion,
         "labels": ready.labels,
+        **more,
     }
 
 
@@ -124,6 +145,8 @@ def predict(
     base_only: bool = False,
     max_new_tokens: int = 128,
     drop: int | None = None,
+    others: Sequence[str | Path] = (),
+    vote: str | None = None,
 ) -> list[dict[str, Any]]:
     """Returns an answer for each text or row, with a run's (or an adapter's) directory.
 
@@ -135,23 +158,39 @@ def predict(
             prompt without its demonstrations.
         max_new_tokens: Longest answer (instructions only).
         drop: Lowest blocks in which the adapter is left out; None for what it was trained for.
+        others: Directories of more adapters, which vote with the first one.
+        vote: How: "majority" (if None) or "mean".
 
     Returns:
-        Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`.
+        Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`, of a
+        vote each label's share of it, and `members`, what each member said.
         Instructions: `{"messages", "answer"}`.
 
     Raises:
         FormatError: The directory is not a finished run's or an adapter's.
         DataError: A row can't be asked; or `base_only` for a task whose base can't answer.
+        SettingsError: The adapters can't vote together.
     """
     from graftune.tasks.predicting import Predictor, needs_adapter
 
+    if others or vote is not None:
+        if base_only:
+            raise SettingsError("the base alone has no vote: leave base_only or the others out.")
+        return _ensemble(run_dir, others, vote, drop).predict(rows, batch_size)
     if base_only and needs_adapter(Path(run_dir)):
         raise DataError(
             "The base alone can't answer with labels: its head is new. Compare with linear_probe."
         )
     predictor = Predictor.load(run_dir, base_only=base_only, drop=drop)
     return predictor.predict(rows, batch_size, max_new_tokens=max_new_tokens)
+
+
+def _ensemble(
+    run_dir: str | Path, others: Sequence[str | Path], vote: str | None, drop: int | None
+) -> Ensemble:
+    from graftune.tasks.ensemble import Ensemble
+
+    return Ensemble.load([run_dir, *others], vote or "majority", drop=drop)
 
 
 def _prepared(settings: RunSettings, watcher: Watcher) -> TrainingRun | InContextRun:

@@ -156,7 +156,12 @@ def register_task(cls: T) -> T:
 
 def tasks() -> dict[str, type[Task]]:
     """Returns the registered task classes by name."""
-    for module in ("classification", "instruct", "choices"):  # they register themselves
+    for module in (
+        "classification",
+        "instruct",
+        "choices",
+        "multitask",
+    ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from graftune.tasks.task_file import write_task
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
-    from graftune.methods.base import Method
+    from graftune.methods.base import HeatMap, Method
 
 SHOWN_ANSWERS = 8
 """Test rows that are answered at the end of a run of a task that generates text."""
@@ -144,9 +144,11 @@ class TrainingRun:
         if not resume:  # else only a part of the training was seen
             self.costs["start_seconds"] = time.monotonic() - trained
         self._measure_attention(ready, encoded)
+        maps = self._measure_gates(ready, adapter, encoded)
         self._save(adapter, ready, run_dir)
         measured = self._test(ready, encoded, run_dir)
         result = self._result(ready, adapter, fitted, measured, run_dir, base_bytes)
+        result = replace(result, heat_maps=[*result.heat_maps, *map(asdict, maps)])
         workspace.write_text(run_dir / workspace.RESULT, result.to_json())
         self.watcher.on_end(result)
         return result
@@ -177,6 +179,21 @@ class TrainingRun:
         rest = dropping.schedule(self.settings.train.drop).rest
         fusion_weights(ready.model, self.settings.run_name, batches, drop=rest)
         self._note(f"Attention to each adapter was measured on the {split} rows.")
+
+    def _measure_gates(
+        self, ready: Ready, adapter: Adapter, encoded: Mapping[str, Encoded]
+    ) -> list[HeatMap]:
+        """Returns drawings of how far gates are open on the validation rows, if any."""
+        from graftune.gating import gate_maps, gates, has_gates
+
+        if not has_gates(adapter):
+            return []
+        split = "validation" if encoded.get("validation", Encoded()).features else "train"
+        rest = dropping.schedule(self.settings.train.drop).rest
+        batches = self._batches(ready, encoded[split].features)
+        found = gates(ready.model, adapter.name, batches, drop=rest)
+        self._note(f"Gates were measured on the {split} rows.")
+        return gate_maps(found, adapter.anatomy)
 
     def _ready(self) -> tuple[Ready, tuple[str, ...]]:
         """Returns the base, ready to train, and the names of the tensors that are new in it."""
