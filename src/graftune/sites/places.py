@@ -146,6 +146,20 @@ class PositionPlace(PlaceBeside):
     """The body: takes `position_ids`."""
 
 
+@dataclass(frozen=True)
+class TrunkPlace(PlaceBeside):
+    """Beside all blocks of a body."""
+
+    site: ClassVar[str] = "trunk"
+    name = "ladder"
+    module: str
+    """The body."""
+    blocks: tuple[str, ...]
+    """Its blocks, in order."""
+    feeds_decoder: bool = False
+    """Whether it is an encoder whose states a decoder attends to."""
+
+
 Place = (
     LinearPlace
     | ParameterPlace
@@ -154,4 +168,5 @@ Place = (
     | EmbeddingPlace
     | HiddenPlace
     | PositionPlace
+    | TrunkPlace
 )
