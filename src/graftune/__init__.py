@@ -109,6 +109,7 @@ __all__ = [
     "Fuse",
     "HoulsbyAdapter",
     "LLaMAAdapter",
+    "LadderSideTuning",
     "LayerNormTuning",
     "LoHa",
     "LoKr",

@@ -74,7 +74,7 @@ class Ladder(TrunkDelta):
     def climb(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Mixes the trunk's state into what enters a side block. A forward pre-hook of it.
 
-            s <- mu s + (1 - mu) P h        mu = sigmoid(alpha / T), h what leaves the trunk's block
+        s <- mu s + (1 - mu) P h        mu = sigmoid(alpha / T), h what leaves the trunk's block
         """
         rung = self.kept["rung", thread_id()]
         at, hidden = rung
@@ -122,8 +122,23 @@ class SideShape:
     """Whether it ends in a map back to the trunk's width."""
 
 
-def narrow_config(method: str, config: Any, layers: Sequence[int], depth: int, by: int) -> Any:
+def narrow_config(
+    method: str,
+    config: Any,
+    layers: Sequence[int],
+    depth: int,
+    by: int,
+    dropout: float | None,
+) -> Any:
     """Returns a copy of a body's config, all widths divided and the blocks those of `layers`.
+
+    Args:
+        method: for errors.
+        config: the body's.
+        layers: positions of the blocks that stay.
+        depth: how many there are.
+        by: what widths are divided by.
+        dropout: every rate of dropout, None for the config's own.
 
     Raises:
         SettingsError: a width doesn't divide.
@@ -142,6 +157,8 @@ def narrow_config(method: str, config: Any, layers: Sequence[int], depth: int, b
             setattr(made, name, len(layers))
         elif isinstance(value, list) and len(value) == depth and name.endswith(("types", "layers")):
             setattr(made, name, [value[at] for at in layers])
+        elif "drop" in name and isinstance(value, float) and dropout is not None:
+            setattr(made, name, dropout)
     _check_heads(method, plain, by)
     if "vocab_size" in plain:
         made.vocab_size = 1  # its embeddings are never read

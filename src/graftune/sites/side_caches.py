@@ -56,5 +56,7 @@ def _beside(cache: Any, config: Any) -> Any:
     if isinstance(cache, EncoderDecoderCache):
         return EncoderDecoderCache(*(_beside(part, config) for part in _parts(cache)))
     if isinstance(cache, StaticCache):
-        return StaticCache(config=config, max_cache_len=cache.get_max_cache_shape())
+        layers: list[Any] = cache.layers
+        longest = max(layer.max_cache_len for layer in layers)
+        return StaticCache(config=config, max_cache_len=longest)
     return DynamicCache(config=config)

@@ -24,13 +24,22 @@ from graftune.composition import Steps
 from graftune.errors import AdapterError
 from graftune.sites.base import Graft, Site, TrunkDelta, TrunkPlace, branched
 from graftune.sites.kept import Kept, first, thread_id
-from graftune.sites.side_caches import SideCaches
 from graftune.sites.plan import RowsAt, taken
+from graftune.sites.side_caches import SideCaches
 from graftune.sites.state import Active
 
 _OWN = frozenset(
-    ("input_ids", "inputs_embeds", "past_key_values", "use_cache", "return_dict", "labels")
-    + ("output_hidden_states", "output_attentions", "encoder_hidden_states")
+    {
+        "input_ids",
+        "inputs_embeds",
+        "past_key_values",
+        "use_cache",
+        "return_dict",
+        "labels",
+        "output_hidden_states",
+        "output_attentions",
+        "encoder_hidden_states",
+    }
 )
 """Arguments of the body that its side gets others for, or none."""
 
@@ -159,9 +168,7 @@ class TrunkSite(Site):
             self.caches.join(_cache_in(output), passed["past_key_values"])
         return made
 
-    def _split(
-        self, host: nn.Module, given: dict[str, Any], names: list[str]
-    ) -> dict[str, Tensor]:
+    def _split(self, host: nn.Module, given: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
         """Takes the sides' states out of what a decoder attends to, and returns them by adapter.
 
         Raises:
@@ -174,8 +181,8 @@ class TrunkSite(Site):
         trunk = self._delta(names[0]).trunk_width
         if states.shape[-1] != trunk + sum(widths):
             raise AdapterError(
-                f"The decoder attends to states of {states.shape[-1]} features, expected {trunk} of "
-                f"the trunk and {sum(widths)} of {', '.join(names)}: run the encoder under the "
+                f"The decoder attends to {states.shape[-1]} features, expected {trunk} of the "
+                f"trunk and {sum(widths)} of {', '.join(names)}: run the encoder under the "
                 "adapter that is active now."
             )
         given["encoder_hidden_states"], *sides = states.split([trunk, *widths], -1)
@@ -214,8 +221,9 @@ def _with_last(host: nn.Module, output: Any, last: Tensor, *, pools: bool = True
     """Returns a body's answer with another last hidden state, pooled anew where it was pooled."""
     pooler: Any = host._modules.get("pooler")
     if isinstance(output, tuple):
-        is_pooled = pools and pooler is not None and len(output) > 1
-        return (last, pooler(last), *output[2:]) if is_pooled else (last, *output[1:])
+        if pools and pooler is not None and len(output) > 1:
+            return last, pooler(last), *output[2:]
+        return last, *output[1:]
     made = {**output, "last_hidden_state": last}
     if pools and pooler is not None and made.get("pooler_output") is not None:
         made["pooler_output"] = pooler(last)
