@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from graftune.methods.union import Union
     from graftune.methods.unipelt import UniPELT
     from graftune.methods.vera import VeRA
+    from graftune.prefixing import as_prefix
     from graftune.training import AdapterCallback, Trainer
     from graftune.voting import vote
 
@@ -71,6 +72,7 @@ _HOMES = {
     "Trainer": "training",
     "activate": "adapter",
     "adapters": "adapter",
+    "as_prefix": "prefixing",
     "attach": "adapter",
     "combine": "combining",
     "detach": "adapter",
@@ -134,6 +136,7 @@ __all__ = [
     "activate",
     "adapters",
     "anatomy",
+    "as_prefix",
     "attach",
     "combine",
     "detach",

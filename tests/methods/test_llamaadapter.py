@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import DynamicCache
 
 import graftune as gt
 from graftune.errors import AnatomyError, SettingsError
+from graftune.sites.remembered import Remembered
 from tests.contract.subjects import logits, shake
 from tests.families import FAMILIES
 from tests.methods.changes import learns
@@ -183,6 +186,132 @@ def test_two_and_a_prefix_add_up() -> None:
             logits(model, inputs)
     a, b, p, together, base = seen
     torch.testing.assert_close(together, p + (a - base) + (b - base), atol=2e-6, rtol=1e-5)
+
+
+class Counted:
+    """A projection's forward that counts how often it is given an adapter's vectors."""
+
+    def __init__(self, host: Any, rows: int) -> None:
+        self.forward, self.rows, self.times = host.forward, rows, 0
+        host.forward = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.times += x.ndim == 2 and len(x) == self.rows
+        return self.forward(x)
+
+
+def opened(family: str = "llama") -> tuple[Any, gt.Adapter, dict[str, Tensor]]:
+    """Returns a model with an adapter whose gates are open, and inputs."""
+    model = FAMILIES[family].build()
+    adapter = gt.attach(model, gt.LLaMAAdapter(length=3, layers=":", train_head=False), seed=1)
+    shake(adapter, seed=2, noise=0.5)
+    return model, adapter, FAMILIES[family].inputs()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5"])
+def test_what_is_kept_answers_bit_for_bit(family: str) -> None:
+    model, adapter, inputs = opened(family)
+    first = logits(model, inputs)
+    again = logits(model, inputs)
+    for graft in adapter.grafts:
+        assert graft.delta.kept._found is not None
+        graft.delta.kept.forget()
+    assert torch.equal(first, again)
+    with_gradient = model(**inputs).logits.detach()
+    assert torch.equal(again, with_gradient)
+    assert all(graft.delta.kept._found is None for graft in adapter.grafts)
+
+
+def test_the_vectors_are_projected_once_for_all_tokens_generated() -> None:
+    model, _, inputs = opened()
+    counted = [Counted(layer.self_attn.k_proj, 3) for layer in model.model.layers]
+    model.generate(inputs["input_ids"], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert [one.times for one in counted] == [1, 1]
+    model.train()
+    for _ in range(2):
+        model(**inputs)
+    assert [one.times for one in counted] == [3, 3]
+
+
+def _in_place(model: Any, adapter: gt.Adapter) -> None:
+    with torch.no_grad():
+        adapter.grafts[0].delta.P.add_(1)
+
+
+def _loaded(model: Any, adapter: gt.Adapter) -> None:
+    adapter.load_state_dict({name: t + 0.5 for name, t in adapter.state_dict().items()})
+
+
+def _weight(model: Any, adapter: gt.Adapter) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(2)
+
+
+def _replaced(model: Any, adapter: gt.Adapter) -> None:
+    host = model.model.layers[0].self_attn.k_proj
+    host.weight = nn.Parameter(host.weight.detach() * 2, requires_grad=False)
+
+
+def _swapped(model: Any, adapter: gt.Adapter) -> None:
+    host = model.model.layers[0].self_attn.k_proj
+    host.weight.data = host.weight.data * 2
+
+
+def _merged(model: Any, adapter: gt.Adapter) -> None:
+    lora = gt.attach(model, gt.LoRA(r=2, targets=["key", "value"]), "lora", seed=4)
+    shake(lora, seed=4, noise=0.5)
+    gt.merge(model, "lora")
+    gt.activate(model, adapter.name)
+
+
+def _stepped(model: Any, adapter: gt.Adapter) -> None:
+    inputs = FAMILIES["llama"].inputs()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.AdamW(adapter.parameters(), lr=0.1).step()
+
+
+CHANGES = [_in_place, _loaded, _weight, _replaced, _swapped, _merged, _stepped]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__[1:] for change in CHANGES])
+def test_what_is_kept_is_never_stale(change: Any) -> None:
+    model, adapter, inputs = opened()
+    before = logits(model, inputs)
+    change(model, adapter)
+    got = logits(model, inputs)
+    for graft in adapter.grafts:
+        graft.delta.kept.forget()
+    assert torch.equal(got, logits(model, inputs))
+    assert not torch.equal(got, before)
+
+
+def test_a_weight_at_the_address_of_another_is_another() -> None:
+    remembered, weight = Remembered(), torch.ones(4)
+
+    def made(source: Tensor) -> Tensor:
+        return remembered.get([source], None, lambda: (source + 1, source))[0]
+
+    assert made(weight).tolist() == [2] * 4
+    alias = nn.Parameter(weight, requires_grad=False)
+    weight.zero_()
+    assert made(alias).tolist() == [1] * 4
+    assert made(weight).tolist() == [1] * 4
+    for _ in range(5):  # storages that take each other's place
+        weight.data = torch.rand(4)
+        assert torch.equal(made(weight), weight + 1)
+
+
+def test_copies_keep_nothing_of_what_was_kept() -> None:
+    model, adapter, inputs = opened()
+    expected = logits(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other, inputs), expected)
+        with torch.no_grad():
+            for tensor in other.parameters():
+                tensor.mul_(1.5)
+        assert not torch.equal(logits(other, inputs), expected)
+        assert torch.equal(logits(model, inputs), expected)
+    assert not any("kept" in name for name in adapter.state_dict())
 
 
 def test_training_learns() -> None:

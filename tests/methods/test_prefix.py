@@ -254,6 +254,33 @@ def test_a_start_from_words_is_what_the_base_makes_of_them(family: str) -> None:
     torch.testing.assert_close(own[f"{name}.value"], expected[1], atol=1e-5, rtol=1e-5)
 
 
+ROTATED = ["llama", "qwen3", "gpt_neox", "phi3", "mixtral", "mistral", "gemma2"]
+
+
+@pytest.mark.parametrize(
+    ("family", "moved"),
+    [*((f, m) for f in ROTATED for m in (False, True)), ("gpt2", True), ("opt", True)],
+)
+def test_after_a_start_from_words_text_answers_as_if_it_followed_them(
+    family: str, moved: bool
+) -> None:
+    model, inputs = FAMILIES[family].build(), FAMILIES[family].inputs()
+    words = torch.tensor([[7, 9, 4, 7, 9]])
+    whole = torch.cat([words.expand(2, -1), inputs["input_ids"]], 1)
+    expected = logits(model, {"input_ids": whole})[:, 5:]
+    alone = logits(model, inputs)
+    method = gt.PrefixTuning(length=5, hidden=None, init_tokens=(7, 9, 4), shift_positions=moved)
+    adapter = gt.attach(model, method, seed=1)
+    torch.testing.assert_close(logits(model, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert (alone - expected).abs().max() > 1e-2
+    with torch.no_grad():
+        cache = FAMILIES[family].build()(input_ids=words).past_key_values
+    for graft in adapter.grafts[:2] if moved else ():
+        layer = cache.layers[int("1" in graft.place.module)]
+        for own, kept in ((graft.delta.key, layer.keys), (graft.delta.value, layer.values)):
+            assert torch.equal(own, kept[0].transpose(0, 1).flatten(1))
+
+
 def test_a_start_from_words_needs_words() -> None:
     with pytest.raises(SettingsError, match="set hidden=None"):
         gt.PrefixTuning(init_tokens=(1, 2))

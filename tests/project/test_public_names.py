@@ -55,6 +55,7 @@ PUBLIC = [
     "activate",
     "adapters",
     "anatomy",
+    "as_prefix",
     "attach",
     "combine",
     "detach",

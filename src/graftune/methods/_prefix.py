@@ -114,7 +114,7 @@ class PrefixFromMlp(Gateable):
         """Returns the prefix itself, without the MLP."""
         key, value = self._made().split(self.widths, dim=-1)
         made = PrefixValues(key.clone(), value.clone(), self.p)
-        made.shifts_keys = self.shifts_keys
+        made.shifts_keys, made.is_infix = self.shifts_keys, self.is_infix
         if self.reads_input:
             made.add_module("gate", self._modules["gate"])
             made.reads_input, made.needs_masks = True, self.needs_masks

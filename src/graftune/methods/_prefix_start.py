@@ -2,11 +2,14 @@
 
     P_k, P_v = W_k h, W_v h        h what the attention sees of the words, as the base runs on them
 
-Keys are taken as the projections give them, before rotation, since a prefix has no position.
+In decoders that rotate keys they are those of its cache: rotated as at positions -m .. -1, so that
+text, which begins at 0, answers as if it followed the words; or at 0 .. m - 1 where text is moved.
+Encoders' and infixes' are taken before rotation, since those stand at no one place.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +19,18 @@ from torch import Tensor, nn
 from graftune.anatomy import Projection
 from graftune.errors import SettingsError
 from graftune.methods._attentions import Attention
+from graftune.sites.caches import keys_and_values
+from graftune.sites.entrance import PositionTable
 
 
 @torch.no_grad()
 def activations(
-    method: str, model: nn.Module, found: Sequence[Attention], tokens: Sequence[int], length: int
+    method: str,
+    model: nn.Module,
+    found: Sequence[Attention],
+    tokens: Sequence[int],
+    length: int,
+    first: int | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns keys and values of tokens, `(length, kv)` each, for every attention.
 
@@ -30,6 +40,7 @@ def activations(
         found: the attentions.
         tokens: repeated or cut to the length.
         length: of the prefix.
+        first: the position of its first token, where keys are rotated; None for no rotation.
 
     Raises:
         SettingsError: the model takes no token ids, or has fewer tokens.
@@ -45,9 +56,23 @@ def activations(
         )
     chosen = [*tokens] * -(-length // len(tokens))
     ids = torch.tensor([chosen[:length]], device=table.weight.device)
+    if first is not None and _rotates(base):
+        at = torch.arange(first, first + length, device=ids.device)[None]
+        kept = keys_and_values(base, {"input_ids": ids, "position_ids": at})
+        return [kept[base.get_submodule(one.place.module).layer_idx] for one in found]
     wanted = {part.module for one in found for part in one.maps}
     seen = _outputs(base, ids, wanted)
     return [tuple(_rows(seen, part) for part in one.maps) for one in found]  # type: ignore[misc]
+
+
+def _rotates(model: Any) -> bool:
+    """Whether a model is a decoder that is told positions and has no table of them."""
+    if model.config.is_encoder_decoder or not getattr(model.config, "use_cache", False):
+        return False
+    reads = inspect.signature(model.forward).parameters
+    return {"position_ids", "past_key_values"} <= set(reads) and PositionTable.of(
+        model
+    ).limit is None
 
 
 def _outputs(model: Any, ids: Tensor, modules: set[str]) -> dict[str, Tensor]:

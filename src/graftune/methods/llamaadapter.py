@@ -5,7 +5,8 @@
 
 W_k and W_v are the model's own, frozen, biases included; q is rotated, P W_k is not: P has no
 position, and the two softmaxes know nothing of each other. P ~ N(0, 1), gate = 0. Identity at
-init: yes. Merge: no. Count: L (K d + gates). Zhang et al. 2023, arXiv 2303.16199, section 3.
+init: yes. In inference P W_k and P W_v are kept until a tensor of theirs changes. Merge: no.
+Count: L (K d + gates). Zhang et al. 2023, arXiv 2303.16199, section 3.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from graftune.methods._attentions import Attention, attentions_of
 from graftune.methods.base import Method, register
 from graftune.sites import hosts
 from graftune.sites.base import AttentionDelta, AttentionPlace, Graft
+from graftune.sites.remembered import Remembered, autocast
 
 GATES = ("head", "layer")
 Rows = tuple[tuple[int, int], ...] | None
@@ -41,11 +43,31 @@ class GatedPrompt(AttentionDelta):
         self.P, self.gate, self.is_bounded = nn.Parameter(P), nn.Parameter(gate), is_bounded
         inside = len(one.place.module) + 1
         self.maps = [(part.module[inside:], part.rows) for part in one.maps]
+        self.kept = Remembered()
         norms = [path[inside:] for path in one.norms if leaf(path).startswith("k")]
         self.norm = norms[0] if norms else None
 
+    def train(self, mode: bool = True) -> GatedPrompt:
+        """Forgets what is kept for inference, whichever way the mode turns."""
+        self.kept.forget()
+        return super().train(mode)
+
     def added(self, query: Tensor, module: nn.Module, scaling: float | None) -> Tensor:
         """See `AttentionDelta.added`."""
+        sources = self._sources(module)
+        if sources is None:
+            self.kept.forget()
+            key, value = self._seen(query, module)
+        else:
+            settings = (query.dtype, query.shape[1], query.shape[3], autocast(query.device.type))
+            key, value = self.kept.get(sources, settings, lambda: self._seen(query, module))
+        key, value = (of.expand(len(query), -1, -1, -1) for of in (key, value))
+        answer = F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        gate = torch.tanh(self.gate) if self.is_bounded else self.gate
+        return (gate[:, None, None].to(answer.dtype) * answer).transpose(1, 2)
+
+    def _seen(self, query: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Returns P W_k and P W_v by the query's heads, `(H, K, D)` each."""
         groups, size = query.shape[1], query.shape[3]
         key, value = (
             _projected(module, path, rows, self.P, query.dtype) for path, rows in self.maps
@@ -54,13 +76,22 @@ class GatedPrompt(AttentionDelta):
             key = _normed(module.get_submodule(self.norm), key)
         key = key.view(len(key), -1, size).transpose(0, 1)  # (kv heads, K, D)
         value = value.view(len(value), len(key), -1).transpose(0, 1)
-        key, value = (
-            of.repeat_interleave(groups // len(of), 0).expand(len(query), -1, -1, -1)
-            for of in (key, value)
+        return (
+            key.repeat_interleave(groups // len(key), 0),
+            value.repeat_interleave(groups // len(value), 0),
         )
-        answer = F.scaled_dot_product_attention(query, key, value, scale=scaling)
-        gate = torch.tanh(self.gate) if self.is_bounded else self.gate
-        return (gate[:, None, None].to(answer.dtype) * answer).transpose(1, 2)
+
+    def _sources(self, module: nn.Module) -> list[Tensor] | None:
+        """Returns the tensors that P W_k and P W_v are made of; None where they aren't kept."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        names = [path for path, _ in self.maps] + ([] if self.norm is None else [self.norm])
+        found = [self.P]
+        for host in map(module.get_submodule, dict.fromkeys(names)):
+            if host._modules.keys() - {"deltas"}:
+                return None
+            found += [*host._parameters.values(), *host._buffers.values()]
+        return [tensor for tensor in found if tensor is not None]
 
 
 def _projected(module: nn.Module, path: str, rows: Rows, P: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,9 @@
     P = W2 tanh(W1 E + c1) + c2 while it trains; then P alone is kept (`hidden=None`: P itself)
 
 The prefix comes after rotation and cache: it has no position, real tokens keep theirs, and
-no sliding window hides it. E ~ N(0, 1). Identity at init: no, attention is shared with it. Merge:
-no. Count: m d + hidden (d + 1) + (hidden + 1) 2 L kv in training; 2 L m kv kept. arXiv 2101.00190.
+no sliding window hides it. As an infix it is seen by the answer alone: [x ; P ; y]. E ~ N(0, 1).
+Identity at init: no, attention is shared with it. Merge: no. Count: m d + hidden (d + 1) +
+(hidden + 1) 2 L kv in training; 2 L m kv kept. arXiv 2101.00190.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from graftune.methods._prefix import Gateable, Mlp, PrefixFromMlp, PrefixValues
 from graftune.methods._prefix_start import activations
 from graftune.methods.base import Method, register
 from graftune.sites.base import Delta, Graft
+from graftune.sites.infix import infixes
 from graftune.sites.placing import replace_deltas
 from graftune.sites.positions import shifts
 
 KINDS = ("attention", "cross-attention")
+POSITIONS = ("front", "infix")
 
 
 @register
@@ -51,6 +54,10 @@ class PrefixTuning(Method):
     init_tokens: tuple[int, ...] | None = None
     """Token ids, repeated or cut to the length, of which the prefix starts as the base's own keys
     and values; with hidden=None."""
+    position: str = "front"
+    """Where: in "front", seen by all tokens; or as an "infix" between prompt and answer, seen by
+    the prompt's last token, which predicts the answer's first, and by all of the answer. Labels say
+    where the answer begins (-100 before), `infix_at`, or `generate`: what it is given is prompt."""
     sublayers: tuple[str, ...] = KINDS
     """Attentions that get one: "attention", "cross-attention"."""
     dropout: float = 0.0
@@ -75,6 +82,12 @@ class PrefixTuning(Method):
             self._check_number("hidden", 1)
         self._check_number("dropout", 0, 1, open_high=True)
         self._check_tokens()
+        self._check_choice("position", POSITIONS)
+        if self.position == "infix" and (self.shift_keys or self.shift_positions):
+            raise SettingsError(
+                f'{self.name}: position="infix" moves no tokens: leave shift_keys and '
+                "shift_positions False."
+            )
         if self.gate is not None:
             self._check_choice("gate", GATES)
         unknown = [kind for kind in self.sublayers if kind not in KINDS]
@@ -149,7 +162,10 @@ class PrefixTuning(Method):
         assert self.init_tokens is not None
         if next(model.parameters()).is_meta:
             return
-        starts = activations(self.name, model, found, self.init_tokens, self.length)
+        first = 0 if self.shift_positions else -self.length
+        if self.position == "infix":
+            first = None
+        starts = activations(self.name, model, found, self.init_tokens, self.length, first)
         for graft, (key, value) in zip(grafts, starts, strict=True):
             assert isinstance(graft.delta, PrefixValues)
             graft.delta.key.data.copy_(key)
@@ -170,7 +186,8 @@ class PrefixTuning(Method):
         """Returns the grafts with gates, and what shifts keys or positions, if asked for.
 
         Raises:
-            SettingsError: no attention has relative biases, or the model is told no positions.
+            SettingsError: no attention has relative biases, the model is told no positions, or an
+                infix has no answer to be seen by.
         """
         if self.shift_keys:
             biased = [graft for graft in grafts if getattr(graft.place, "biases", None)]
@@ -188,6 +205,11 @@ class PrefixTuning(Method):
                 graft.delta.gate_width, graft.delta.gates_in_one = one.width, self._gates
                 graft.delta.reads_input = True
             add_gates(self.gate, grafts, anatomy, empty)
+        if self.position == "infix":
+            for graft in grafts:
+                assert isinstance(graft.delta, Gateable)
+                graft.delta.is_infix = True
+            return grafts + infixes(self.name, model, anatomy)
         if self.shift_positions:
             return grafts + shifts(self.name, model, anatomy, self.length)
         return grafts

@@ -26,7 +26,7 @@ from graftune.sites import flex, masks
 from graftune.sites.base import AttentionDelta, AttentionPlace, Graft, Site
 from graftune.sites.kept import Kept, first, thread_id
 from graftune.sites.plan import RowsAt, joined, taken
-from graftune.sites.prefixes import Prefix, by_head, narrowed, prefixes, widened
+from graftune.sites.prefixes import Prefix, by_head, columns, narrowed, prefixes, widened
 
 OURS = "graftune_"
 KNOWN = ("sdpa", "eager", "flex_attention")
@@ -58,7 +58,7 @@ class Call:
     def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, Tensor | None]:
         """Returns output and weights with some deltas together; weights of the own keys alone."""
         width = self.key.shape[2]
-        found = prefixes(deltas, self.key.shape[1], self.hidden)
+        found = prefixes(deltas, self.key.shape[1], self.hidden, self.query.shape[0])
         shifts = any(delta.shifts_keys for delta in deltas)
         call = self if shifts or self.biases is None else replace(self, biases=None)
         call = call.after(found) if found else call
@@ -100,13 +100,25 @@ class Call:
         bias = options.get("position_bias")
         if bias is not None:
             options["position_bias"] = ready.longer_bias(bias, length)
-        mask = ready.mask
-        if flex.is_block_mask(mask):
-            mask = flex.longer(mask, length)
-        elif mask is not None:
-            mask = F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+        mask = ready._longer_mask(found, length)
         key, value = torch.cat([*keys, ready.key], 2), torch.cat([*values, ready.value], 2)
         return replace(ready, key=key, value=value, mask=mask, options=options)
+
+    def _longer_mask(self, found: Sequence[Prefix], length: int) -> Any:
+        """Returns a mask with columns for prefixes in front, as they are seen."""
+        mask, seen = self.mask, columns(found, self.query)
+        if flex.is_block_mask(mask):
+            return flex.longer(mask, length, seen)
+        if seen is not None:
+            if mask is None:
+                mask = seen.new_ones(1, 1, self.query.shape[2], self.key.shape[2])
+            rows = max(len(mask), len(seen))
+            front = seen if mask.dtype == torch.bool else _additive(seen, mask.dtype)
+            shape = (rows, mask.shape[1], -1, -1)
+            return torch.cat([front.expand(shape), mask.expand(rows, -1, -1, -1)], -1)
+        if mask is None:
+            return None
+        return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
     def longer_bias(self, bias: Tensor, length: int) -> Tensor:
         """Returns a position bias for `length` more keys in front: 0, or as if all keys counted."""

@@ -12,7 +12,8 @@
         ├── attention: AttentionSite     more keys and values, below the attention itself
         ├── embedding: EmbeddingSite     virtual tokens among those that enter the body
         ├── hidden: HiddenPromptSite     virtual tokens behind its embedding layer
-        └── trunk: TrunkSite             a side network beside all blocks of the body
+        ├── trunk: TrunkSite             a side network beside all blocks of the body
+        └── infix: InfixSite             from which token on infixes are seen, of the whole model
 
 Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
 """
@@ -32,6 +33,7 @@ from graftune.sites import masks
 from graftune.sites.places import AttentionPlace as AttentionPlace
 from graftune.sites.places import EmbeddingPlace as EmbeddingPlace
 from graftune.sites.places import HiddenPlace as HiddenPlace
+from graftune.sites.places import InfixPlace as InfixPlace
 from graftune.sites.places import LinearPlace as LinearPlace
 from graftune.sites.places import ParameterPlace as ParameterPlace
 from graftune.sites.places import Place as Place
@@ -180,6 +182,8 @@ class AttentionDelta(Delta):
     """Whether `gates` multiply its keys and values."""
     shifts_keys: bool = False
     """Whether the attention's own keys then stand later by the prefix's length (T5's biases)."""
+    is_infix: bool = False
+    """Whether only the answer's tokens see its keys and values; see `graftune.sites.infix`."""
 
     def gates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what multiplies keys and values, `(B, q, 1)` each, or `(B, 1, 1)` of rows.

@@ -38,6 +38,8 @@ class Noted:
         batch: how many rows there are, where `at` is given: B, or a multiple where it is copied.
         before: tokens in the cache when the pass began, by the kind of stack.
         found: what was found out in this pass already.
+        seeing: how many of the last tokens of the pass see infixes: for all rows, or `(B,)`; None
+            where nobody said it.
     """
 
     by_stack: Mapping[str, Any]
@@ -45,6 +47,7 @@ class Noted:
     batch: int = 0
     before: Mapping[str, int] = field(default_factory=dict[str, int])
     found: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    seeing: int | Tensor | None = None
 
 
 _NOTHING = Noted({})
@@ -69,7 +72,7 @@ def seen_as(masks: Noted) -> Iterator[None]:
 def of_rows(at: RowsAt, batch: int) -> contextlib.AbstractContextManager[None]:
     """Lets `real` answer for some rows of a batch until the block ends."""
     now = noted()
-    if not now.by_stack:
+    if not now.by_stack and now.seeing is None:
         return contextlib.nullcontext()
     return seen_as(replace(now, at=at, batch=batch))
 
@@ -80,6 +83,21 @@ def woven(old: Any, new: Tensor) -> None:
     stack = next((stack for stack, mask in now.by_stack.items() if mask is old), None)
     if stack is not None:
         _now.noted = replace(now, by_stack={**now.by_stack, stack: new}, found={})
+
+
+def see_infixes(last: int | Tensor | None) -> None:
+    """Notes how many of the last tokens of the calling thread's pass see infixes."""
+    _now.noted = replace(noted(), seeing=last, found={})
+
+
+def seeing_infixes(rows: int) -> int | Tensor | None:
+    """Returns how many of the last tokens see infixes: in all rows, or `(rows,)`; None if unsaid.
+
+    Args:
+        rows: how many are looked at.
+    """
+    last = noted().seeing
+    return of_those_rows(last, rows) if isinstance(last, Tensor) else last
 
 
 def before(stack: str) -> int:
@@ -182,11 +200,11 @@ class Watch:
         """Notes them. A forward pre-hook."""
         given = dict(zip(self.order, args, strict=False)) | kwargs
         found = {stack: given.get(argument) for argument, stack in self.stacks.items()}
-        now = _NOTHING if self.is_start else noted()
+        now = Noted({}, seeing=noted().seeing) if self.is_start else noted()
         lengths, cache = dict(now.before), given.get("past_key_values")
         if self.cached is not None and cache is not None:
             lengths[self.cached] = int(cache.get_seq_length())
-        _now.noted = Noted({**now.by_stack, **found}, before=lengths)
+        _now.noted = Noted({**now.by_stack, **found}, before=lengths, seeing=now.seeing)
 
 
 def watch(model: nn.Module, anatomy: Anatomy) -> list[Any]:

@@ -160,6 +160,15 @@ class TrunkPlace(PlaceBeside):
     """Whether it is an encoder whose states a decoder attends to."""
 
 
+@dataclass(frozen=True)
+class InfixPlace(PlaceBeside):
+    """Where a whole model is told from which token on infixes are seen."""
+
+    site: ClassVar[str] = "infix"
+    name = "infix"
+    module: str = ""
+
+
 Place = (
     LinearPlace
     | ParameterPlace
@@ -169,4 +178,5 @@ Place = (
     | HiddenPlace
     | PositionPlace
     | TrunkPlace
+    | InfixPlace
 )

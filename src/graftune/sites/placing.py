@@ -15,6 +15,7 @@ from graftune.sites.base import (
     EmbeddingPlace,
     Graft,
     HiddenPlace,
+    InfixPlace,
     LinearPlace,
     ParameterPlace,
     Place,
@@ -26,6 +27,7 @@ from graftune.sites.base import (
 )
 from graftune.sites.embedding import EmbeddingSite
 from graftune.sites.hidden_prompt import HiddenPromptSite
+from graftune.sites.infix import InfixSite
 from graftune.sites.linear import InputSite, LinearSite
 from graftune.sites.parameter import ParameterSite
 from graftune.sites.plan import ALWAYS
@@ -154,6 +156,8 @@ def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
         return PositionSite(active)
     if isinstance(place, TrunkPlace):
         return TrunkSite(active)
+    if isinstance(place, InfixPlace):
+        return InfixSite(active)
     assert isinstance(place, LinearPlace)
     if place.side == "input":
         return InputSite(active, layer)

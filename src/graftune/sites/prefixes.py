@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graftune.sites.base import AttentionDelta
+from graftune.sites.infix import seen_by
 
 Gates = tuple[Tensor, Tensor]
 
@@ -30,43 +31,86 @@ class Prefix:
         key: `(length, heads * D)`, or `(B, length, heads * D)` where rows differ.
         value: of the same form.
         by_token: what multiplies them for each query, `(B, q, 1)` each; None for nothing.
+        seeing: how many of the last queries see them, for all rows or `(B,)`; None for all.
     """
 
     key: Tensor
     value: Tensor
     by_token: Gates | None = None
+    seeing: int | Tensor | None = None
 
     @property
     def length(self) -> int:
         """How many there are."""
         return self.key.shape[-2]
 
+    def visible(self, query: Tensor) -> Tensor | None:
+        """Returns which queries see them, `(1 or B, 1, q, length)`; None if all do.
 
-def prefixes(deltas: Sequence[AttentionDelta], heads: int, hidden: Tensor | None) -> list[Prefix]:
+        Args:
+            query: `(B, H, q, D)`.
+        """
+        count, last = query.shape[2], self.seeing
+        if last is None or (isinstance(last, int) and last >= count):
+            return None
+        left = torch.arange(count, 0, -1, device=query.device)  # the last query has 1
+        seen = left <= (last if isinstance(last, int) else last[:, None])
+        return seen.view(-1, 1, count, 1).expand(-1, -1, -1, self.length)
+
+
+def columns(found: Sequence[Prefix], query: Tensor) -> Tensor | None:
+    """Returns which queries see each column of prefixes, `(1 or B, 1, q, m)`; None if all do.
+
+    Args:
+        found: the prefixes, m columns together.
+        query: `(B, H, q, D)`.
+    """
+    parts = [prefix.visible(query) for prefix in found]
+    if all(part is None for part in parts):
+        return None
+    rows = max(len(part) for part in parts if part is not None)
+    whole = query.new_ones(1, 1, query.shape[2], 1, dtype=torch.bool)
+    seen = [
+        (whole.expand(-1, -1, -1, prefix.length) if part is None else part).expand(rows, -1, -1, -1)
+        for prefix, part in zip(found, parts, strict=True)
+    ]
+    return torch.cat(seen, -1)
+
+
+def prefixes(
+    deltas: Sequence[AttentionDelta], heads: int, hidden: Tensor | None, rows: int
+) -> list[Prefix]:
     """Returns what deltas put before, the last of them first.
 
     Args:
         deltas: in the order in which they act.
         heads: of keys and values.
         hidden: what the attention was given, `(B, q, width)`; needed where gates read it.
+        rows: B.
+
+    Raises:
+        AdapterError: one is an infix, and nobody said who sees it.
     """
-    return list(_each(deltas, heads, hidden))
+    return list(_each(deltas, heads, hidden, rows))
 
 
-def _each(deltas: Sequence[AttentionDelta], heads: int, hidden: Tensor | None) -> Iterator[Prefix]:
+def _each(
+    deltas: Sequence[AttentionDelta], heads: int, hidden: Tensor | None, rows: int
+) -> Iterator[Prefix]:
     for delta in reversed(deltas):
-        pair = delta.prefix(heads)
+        seeing = seen_by(rows) if delta.is_infix else None
+        pair = None if isinstance(seeing, int) and seeing == 0 else delta.prefix(heads)
         if pair is None:
             continue
         if not delta.reads_input:
-            yield Prefix(*pair)
+            yield Prefix(*pair, seeing=seeing)
             continue
         assert hidden is not None
         key_gate, value_gate = delta.gates(hidden)
         if key_gate.shape[1] == 1:
-            yield Prefix(key_gate * pair[0], value_gate * pair[1])
+            yield Prefix(key_gate * pair[0], value_gate * pair[1], seeing=seeing)
         else:
-            yield Prefix(*pair, (key_gate, value_gate))
+            yield Prefix(*pair, (key_gate, value_gate), seeing)
 
 
 def by_head(prefix: Tensor, own: Tensor) -> Tensor:

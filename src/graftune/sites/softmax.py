@@ -58,7 +58,7 @@ class Scores:
     def answer(self, deltas: Sequence[AttentionDelta]) -> tuple[Tensor, None]:
         """Returns the answer of some deltas together."""
         heads = self.query.shape[1]
-        found = prefixes(deltas, heads, self.hidden)
+        found = prefixes(deltas, heads, self.hidden, len(self.query))
         weights, added = self.softmax(self.scores), torch.zeros_like(self.query)
         if found:
             own = torch.cat([self._scores(prefix) for prefix in found], -1)
@@ -78,7 +78,8 @@ class Scores:
         made = self.query @ by_head(prefix.key, self.query).transpose(2, 3) * self.scaling
         if prefix.by_token is not None:
             made = made * prefix.by_token[0].to(made.dtype).unsqueeze(1)
-        return made.to(self.scores.dtype)
+        seen, made = prefix.visible(self.query), made.to(self.scores.dtype)
+        return made if seen is None else made.masked_fill(~seen, torch.finfo(made.dtype).min)
 
     def _added(self, prefix: Prefix, weights: Tensor) -> Tensor:
         """Returns the part of a prefix's values in the answer, `(B, H, q, D)`."""

@@ -82,6 +82,8 @@ def _check(adapter: Adapter, method: PrefixTuning) -> None:
             f"AdapterHub shifts the relative positions of a {kind}'s real tokens by the prefix's "
             "length, and this one doesn't (shift_keys=True)."
         )
+    if method.position == "infix":
+        raise FormatError("AdapterHub's prefixes are seen by all tokens, and this one is an infix.")
     if method.shift_positions:
         raise FormatError("AdapterHub's prefixes take no positions (shift_positions=False).")
     if "attention" not in method.sublayers:

@@ -53,6 +53,8 @@ class _PrefixTuning(PromptsType):
         why = _other_equation(model)
         if why is not None:
             return why
+        if method.position == "infix":
+            return "HF PEFT's prefixes are seen by all tokens, and this one is an infix"
         if not method.shift_positions:
             return "HF PEFT's prefixes take positions, and this one has none (shift_positions=True)"
         if [graft.place.module for graft in prefixes] != _attentions(model):
