@@ -22,6 +22,7 @@ NAMES = (
     "adapterhub",
     "load_100",
     "whole_job",
+    "training_memory",
 )
 PAGE = ROOT / "docs" / "benchmarks.md"
 KEPT = ROOT / "benchmarks" / "results.json"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from graftune.methods.fusion import AdapterFusion
     from graftune.methods.houlsby import HoulsbyAdapter
     from graftune.methods.ia3 import IA3
+    from graftune.methods.ladder import LadderSideTuning
     from graftune.methods.layernorm import LayerNormTuning
     from graftune.methods.llamaadapter import LLaMAAdapter
     from graftune.methods.loha import LoHa
@@ -113,6 +114,7 @@ __all__ = [
     "Fuse",
     "HoulsbyAdapter",
     "LLaMAAdapter",
+    "LadderSideTuning",
     "LayerNormTuning",
     "LoHa",
     "LoKr",

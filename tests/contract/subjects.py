@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "prompt": gt.PromptTuning(length=3),
     "multitask": gt.MultitaskPromptTuning(length=3),
     "ptuning": gt.PTuning(length=3, hidden=8),
+    "ladder": gt.LadderSideTuning(reduction=2, init="random"),
     "gain": worked_example.gain()(),
 }
 """Settings that apply to every family; `keep_base` lets full fine-tuning be switched off."""
@@ -74,10 +75,14 @@ NOT_LINEAR = (
     "prompt",
     "multitask",
     "ptuning",
+    "ladder",
 )
 """Methods that can't be merged: no weight does what they do."""
 
-OFF_AT_START = ("unipelt", "mam", "prefix", "ptuningv2", "prompt", "multitask", "ptuning")
+OFF_AT_START = (
+    *("unipelt", "mam", "prefix", "ptuningv2", "prompt", "multitask", "ptuning"),
+    "ladder",
+)
 """Methods that don't start equal to the base: attention is shared with what they add."""
 
 LONGER_ROWS = ("prompt", "multitask", "ptuning")
@@ -91,6 +96,7 @@ REFUSALS: dict[tuple[str, str, str], str] = {
         for f in ("whisper", "vit", "swin", "clip")
         if (m, f) != ("prompt", "vit")
     },
+    **{("attach", "ladder", f): "expected one" for f in ("swin", "clip")},
     ("rows", "prompt", "vit"): "prompts of one length",
     **{("rows", m, "bart"): "prompts of one length" for m in LONGER_ROWS},
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},

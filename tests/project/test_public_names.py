@@ -28,6 +28,7 @@ PUBLIC = [
     "HoulsbyAdapter",
     "IA3",
     "LLaMAAdapter",
+    "LadderSideTuning",
     "LayerNormTuning",
     "LoHa",
     "LoKr",

@@ -139,3 +139,55 @@ shape."""
 RESIDUAL_IS_NORMED = "apply_residual_connection_post_layernorm"
 """Attribute of blocks that, if true, add an answer to what its norm gives, not to what it sees
 (BLOOM's)."""
+
+WIDTHS = frozenset(
+    {
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "dim",
+        "embedding_size",
+        "word_embed_proj_dim",
+        "d_kv",
+        "head_dim",
+        "query_pre_attn_scalar",
+        "rotary_dim",
+        "intermediate_size",
+        "d_ff",
+        "n_inner",
+        "hidden_dim",
+        "ffn_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "pooler_hidden_size",
+        "pooler_output_size",
+    }
+)
+"""Settings of a config that are widths of hidden states, heads or feed-forwards."""
+
+HEADS = frozenset(
+    {
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+    }
+)
+"""Settings that say how many heads a hidden state is cut into, where no width of a head is set."""
+
+DEPTHS = frozenset(
+    {
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "num_decoder_layers",
+        "encoder_layers",
+        "decoder_layers",
+    }
+)
+"""Settings that are numbers of blocks."""

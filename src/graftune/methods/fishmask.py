@@ -9,11 +9,10 @@ entries).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from graftune.anatomy import Anatomy, resolve_tensors
 from graftune.errors import SettingsError
 from graftune.methods._batches import batches, evaluating
+from graftune.methods._fisher import rows_of, squared_gradients
 from graftune.methods._sparse import (
     budget,
     check_budget,
@@ -31,8 +31,6 @@ from graftune.methods._sparse import (
 )
 from graftune.methods.base import Method, register
 from graftune.sites.base import Graft
-
-_Gradients = tuple[Tensor | None, ...]
 
 
 @register
@@ -92,8 +90,9 @@ class FishMask(Method):
         """
         tensors = self._tensors(model, anatomy)
         count = check_budget(self.name, self.keep, sum(t.numel() for t in tensors.values()))
-        with evaluating(model), _differentiable(tensors.values()):
-            found = self._information(model, list(tensors.values()), data)
+        with evaluating(model):
+            examples = islice(self._examples(model, data), self.samples)
+            found = squared_gradients(self.name, model, list(tensors.values()), examples)
         return self, _grafts(model, list(tensors), largest(lambda: found, count))
 
     def plan_saved(
@@ -110,27 +109,11 @@ class FishMask(Method):
         names = resolve_tensors(model, anatomy, self.targets, self.layers, self.exclude)
         return {name: model.get_parameter(name) for name in names}
 
-    def _information(
-        self, model: nn.Module, tensors: list[nn.Parameter], data: Iterable[Mapping[str, Tensor]]
-    ) -> list[Tensor]:
-        """Returns the sums of the squared gradients; a mean would have the same order."""
-        found = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
-        for example in islice(self._examples(model, data), self.samples):
-            gradients = torch.autograd.grad(
-                self._loss(model, example), tensors, allow_unused=True, materialize_grads=False
-            )
-            for total, gradient in zip(found, cast(_Gradients, gradients), strict=True):
-                if gradient is not None:
-                    total.addcmul_(gradient.float(), gradient.float())
-        if not all(bool(torch.isfinite(total).all()) for total in found):
-            raise SettingsError(f"{self.name}: gradients of the data are not finite.")
-        return found
-
     def _examples(
         self, model: nn.Module, data: Iterable[Mapping[str, Tensor]]
     ) -> Iterator[dict[str, Any]]:
         for batch in batches(model, data, self.name):
-            for example in _rows(batch):
+            for example in rows_of(batch):
                 if self.fisher == "sampled":
                     example["labels"] = self._drawn(model, example)
                 yield example
@@ -148,46 +131,6 @@ class FishMask(Method):
                 f'labels of shape {shape} per row; take "empirical".'
             )
         return torch.multinomial(logits.float().softmax(-1), 1).flatten().to(labels.dtype)
-
-    def _loss(self, model: nn.Module, example: dict[str, Any]) -> Tensor:
-        loss = getattr(model(**example), "loss", None)
-        if not isinstance(loss, Tensor):
-            raise SettingsError(
-                f"{self.name}: {type(model).__name__} returned no loss for a batch of "
-                f"{', '.join(example)}: add labels."
-            )
-        if not bool(torch.isfinite(loss)):
-            raise SettingsError(f"{self.name}: the loss of an example is {loss.item()}.")
-        return loss
-
-
-def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a batch's rows; without labels it is one example, since a loss then compares rows."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or not labels.ndim:
-        yield batch
-        return
-    for row in range(len(labels)):
-        yield {
-            key: value[row : row + 1]
-            if isinstance(value, Tensor) and value.shape[:1] == labels.shape[:1]
-            else value
-            for key, value in batch.items()
-        }
-
-
-@contextlib.contextmanager
-def _differentiable(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Lets tensors be differentiated by inside the block."""
-    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
-    for tensor in frozen:
-        tensor.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
 
 
 def _grafts(model: nn.Module, names: list[str], positions: list[Tensor]) -> list[Graft]:

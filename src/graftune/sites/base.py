@@ -12,6 +12,7 @@
         ├── attention: AttentionSite     more keys and values, below the attention itself
         ├── embedding: EmbeddingSite     virtual tokens among those that enter the body
         ├── hidden: HiddenPromptSite     virtual tokens behind its embedding layer
+        ├── trunk: TrunkSite             a side network beside all blocks of the body
         └── infix: InfixSite             from which token on infixes are seen, of the whole model
 
 Hooks are bound methods of these modules, so a copy, a pickle or a replica takes them along.
@@ -39,6 +40,7 @@ from graftune.sites.places import Place as Place
 from graftune.sites.places import PlaceBeside as PlaceBeside
 from graftune.sites.places import PositionPlace as PositionPlace
 from graftune.sites.places import SublayerPlace as SublayerPlace
+from graftune.sites.places import TrunkPlace as TrunkPlace
 from graftune.sites.plan import ALWAYS, RowsAt, joined, taken
 from graftune.sites.state import Active
 
@@ -238,6 +240,45 @@ class EmbeddingDelta(Delta):
 
         Returns:
             `(length, width)`, or `(B, length, width)` where rows differ.
+        """
+        raise NotImplementedError
+
+
+class TrunkDelta(Delta):
+    """A side network: narrow blocks fed with the hidden states of a body's blocks.
+
+    Attributes:
+        config: what a cache for its blocks is made from.
+        width: of its hidden states.
+        trunk_width: of the trunk's.
+        trunk_dropout: whether the trunk drops out in training; one active side that doesn't want
+            it is enough that it doesn't.
+    """
+
+    config: Any
+    width: int
+    trunk_width: int
+    trunk_dropout: bool = False
+
+    def blank(self, entering: Tensor) -> Tensor:
+        """Returns embeddings for its body, `(B, T, width)`; of what enters the trunk's blocks."""
+        raise NotImplementedError
+
+    def side_states(self, hidden: list[Tensor], given: dict[str, Any]) -> Tensor:
+        """Returns its last hidden state, `(B, T, width)`.
+
+        Args:
+            hidden: what enters the trunk's first block and what leaves each, `(B, T, d)`.
+            given: what its body is called with.
+        """
+        raise NotImplementedError
+
+    def ended(self, last: Tensor, side: Tensor) -> Tensor:
+        """Returns what the body answers, `(B, T, d)`.
+
+        Args:
+            last: the trunk's last hidden state, `(B, T, d)`, or what another side made of it.
+            side: this side's, `(B, T, width)`.
         """
         raise NotImplementedError
 

@@ -147,6 +147,20 @@ class PositionPlace(PlaceBeside):
 
 
 @dataclass(frozen=True)
+class TrunkPlace(PlaceBeside):
+    """Beside all blocks of a body."""
+
+    site: ClassVar[str] = "trunk"
+    name = "ladder"
+    module: str
+    """The body."""
+    blocks: tuple[str, ...]
+    """Its blocks, in order."""
+    feeds_decoder: bool = False
+    """Whether it is an encoder whose states a decoder attends to."""
+
+
+@dataclass(frozen=True)
 class InfixPlace(PlaceBeside):
     """Where a whole model is told from which token on infixes are seen."""
 
@@ -163,5 +177,6 @@ Place = (
     | EmbeddingPlace
     | HiddenPlace
     | PositionPlace
+    | TrunkPlace
     | InfixPlace
 )

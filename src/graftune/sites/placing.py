@@ -22,6 +22,7 @@ from graftune.sites.base import (
     PositionPlace,
     Site,
     SublayerPlace,
+    TrunkPlace,
     base_modules,
 )
 from graftune.sites.embedding import EmbeddingSite
@@ -34,6 +35,7 @@ from graftune.sites.positions import PositionSite
 from graftune.sites.softmax import SoftmaxSite
 from graftune.sites.state import Active
 from graftune.sites.sublayer import SublayerSite
+from graftune.sites.trunk import TrunkSite
 
 
 def insert(
@@ -152,6 +154,8 @@ def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
         return HiddenPromptSite(active)
     if isinstance(place, PositionPlace):
         return PositionSite(active)
+    if isinstance(place, TrunkPlace):
+        return TrunkSite(active)
     if isinstance(place, InfixPlace):
         return InfixSite(active)
     assert isinstance(place, LinearPlace)
