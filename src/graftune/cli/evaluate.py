@@ -43,3 +43,4 @@ def evaluate(
         for key, value in found["metrics"].items()
     ]
     screen.print_table([f"{found['rows']:,} {split} rows", data or str(run)], rows)
+    screen.print_classes(found["classes"])

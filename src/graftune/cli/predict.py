@@ -39,7 +39,8 @@ def predict(
 ) -> None:
     """Answer texts with a trained adapter.
 
-    A classifier gives each text a label and how sure it is, a chat model generates an answer.
+    A classifier gives each text a label and how sure it is, a labeller the entities in it, a chat
+    model generates an answer.
 
     \b
     Examples:
@@ -102,5 +103,24 @@ def _show(rows: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
         table = [[one["label"], words.percent(one["score"]), one["text"]] for one in found]
         screen.print_table(["label", "sure", "text"], table, numbers=9)
         return
+    if found and "entities" in found[0]:
+        _show_entities(found)
+        return
     for row, one in zip(rows, found, strict=True):
         print(f"> {row if isinstance(row, str) else words.plain(row)}\n{one['answer']}\n")
+
+
+def _show_entities(found: Sequence[dict[str, Any]]) -> None:
+    from graftune.cli import screen
+    from graftune.compare.report import words
+
+    for one in found:
+        print(f"> {' '.join(one['words'])}")
+        rows = [
+            [mark["type"], words.percent(mark["score"]), mark["text"]] for mark in one["entities"]
+        ]
+        if rows:
+            screen.print_table(["entity", "sure", "text"], rows, numbers=9)
+        else:
+            print("no entities")
+        print()

@@ -33,7 +33,8 @@ def train(
         typer.Option(
             "--data",
             "--train",
-            help="Training rows: CSV, TSV, JSONL, JSON or Parquet file, folder, or data set name.",
+            help="Training rows: CSV, TSV, JSONL, JSON, Parquet or CoNLL file, folder, or data set "
+            "name.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -46,7 +47,9 @@ def train(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="classification (default), instruct or choices.", rich_help_panel=_DATA),
+        typer.Option(
+            help="classification (default), instruct, choices or labelling.", rich_help_panel=_DATA
+        ),
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Column of the text.", rich_help_panel=_DATA)
@@ -240,6 +243,7 @@ def show_result(result: RunResult, page: Path | None, as_json: bool) -> None:
         for key in keys
     ]
     screen.print_table([result.name, *splits], rows)
+    screen.print_classes(result.classes)
     parameters = result.parameters
     screen.print_pairs(
         [

@@ -94,7 +94,7 @@ def evaluate(
         drop: Lowest blocks in which the adapter is left out; None for what it was trained for.
 
     Returns:
-        `{"split", "rows", "metrics", "confusion", "labels"}`.
+        `{"split", "rows", "metrics", "confusion", "labels", "classes"}`.
 
     Raises:
         FormatError: The directory is not a run's.
@@ -105,7 +105,7 @@ def evaluate(
     predictor = Predictor.load(run_dir, drop=drop)
     task, ready = predictor.task, predictor.ready
     examples = _examples(Path(run_dir), data, split, task, predictor.columns)
-    _check_labels(examples, ready.labels)
+    task.check_known(examples, ready.labels)
     found = predictor.measure(examples, batch_size)
     return {
         "split": split,
@@ -113,6 +113,7 @@ def evaluate(
         "metrics": found.metrics,
         "confusion": found.confusion,
         "labels": ready.labels,
+        "classes": found.classes,
     }
 
 
@@ -139,6 +140,7 @@ def predict(
     Returns:
         Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`.
         Instructions: `{"messages", "answer"}`.
+        Labelling: `{"words", "tags", "entities": [{"type", "start", "end", "text", "score"}]}`.
 
     Raises:
         FormatError: The directory is not a finished run's or an adapter's.
@@ -184,14 +186,3 @@ def _examples(
     table = read_split(data, split)
     check_columns(table, dict(columns))
     return task.examples(table, columns)
-
-
-def _check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
-    from graftune.errors import nearest
-
-    for example in examples:
-        if labels and example.stratum not in labels:
-            raise DataError(
-                f'{example.where}: the label "{example.stratum}" is not one that the run was '
-                f"trained on.{nearest(example.stratum, labels)}"
-            )

@@ -44,6 +44,10 @@ class Columns(_Section):
     """Classification and choices: the text, or the first of a pair."""
     text_pair: str | None = None
     """Classification and choices, of pairs: the second text."""
+    words: str | None = None
+    """Labelling: the words, a list."""
+    tags: str | None = None
+    """Labelling: the words' tags, a list of the same length."""
     label: str | None = None
     """Classification: the label's name or number. Choices: the right one, or its number from 0."""
     choices: str | None = None
@@ -62,7 +66,8 @@ class DataSettings(_Section):
     """Where the data lies and how it is split."""
 
     train: str
-    """A CSV, TSV, JSONL, JSON or Parquet file, a folder of them, or a `datasets` folder or name."""
+    """A CSV, TSV, JSONL, JSON, Parquet or CoNLL file, a folder of them, or a `datasets` folder or
+    name."""
     validation: str | None = None
     """Like `train`; made from the training data when not given."""
     test: str | None = None
@@ -71,7 +76,7 @@ class DataSettings(_Section):
     """Columns by name, where they don't have the usual ones."""
     max_length: Annotated[int, Field(ge=4)] | None = None
     """Longest text in tokens; longer ones are cut, and counted. Default: the model's limit, at
-    most 512 for classification and choices, and 1024 for instructions."""
+    most 512, and 1024 for instructions."""
     validation_fraction: Fraction = 0.1
     """Share of the training data held out for validation when no file is given; 0 for none."""
     test_fraction: Fraction = 0.2
@@ -88,7 +93,7 @@ class TrainSettings(_Section):
     steps: Count | None = None
     """Optimiser steps, instead of `epochs`."""
     batch_size: Count | None = None
-    """Examples per step. Default: 16 for classification, else 8."""
+    """Examples per step. Default: 16 for classification and labelling, else 8."""
     accumulation: Count = 1
     """Batches whose gradients are summed to one step."""
     lr: Positive | None = None
@@ -117,7 +122,7 @@ class TrainSettings(_Section):
     select: Literal["best", "last"] = "best"
     """Which weights the run ends with: the best on the validation data, or the last."""
     metric: str | None = None
-    """What "best" means. Default: accuracy; loss for instructions."""
+    """What "best" means. Default: accuracy; entity_f1 for labelling; loss for instructions."""
     early_stop: Count | None = None
     """Evaluations in a row without a better metric after which the run ends."""
     head_start: bool = True
@@ -182,7 +187,8 @@ class RunSettings(_Section):
     base: str
     """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
     task: str = "classification"
-    """`classification` (of texts or pairs), `instruct`, or `choices` (among answers)."""
+    """`classification` (of texts or pairs), `instruct`, `choices` (among answers), or `labelling`
+    (of words)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

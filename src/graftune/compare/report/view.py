@@ -89,7 +89,9 @@ def run_view(run: Run) -> RunView:
         charts=_break_even(run) + _charts(run) + _heat_maps(run),
         labels=labels,
         matrix=cells(matrix, labels) if 0 < len(labels) <= MOST_CLASSES and matrix else [],
-        classes=class_rows(matrix, labels) if matrix else [],
+        classes=class_rows(matrix, labels)
+        if matrix
+        else [ClassRow(**row) for row in run.get("classes") or ()],
         confusions=worst_confusions(matrix, labels, run.get("predictions") or ()),
         samples=_samples(run),
         parameters=_parameters(run),
