@@ -50,6 +50,18 @@ def tagged(count: int = 60) -> list[dict[str, list[str]]]:
     return rows
 
 
+def passages(count: int = 60) -> list[dict[str, Any]]:
+    """Distinct passages that hold the answer, "money back", somewhere."""
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        before = [WORDS[(i + n) % 4] for n in range(i % 5)]
+        after = [WORDS[11 + (i // 5 + n) % 12] for n in range(3)]
+        context = " ".join([*before, "money back", *after])
+        place = {"text": "money back", "answer_start": context.index("money")}
+        rows.append({"question": "what is it", "context": context, "answers": [place]})
+    return rows
+
+
 def lessons(count: int = 24) -> list[dict[str, str]]:
     """Distinct instructions, all answered alike."""
     return [

@@ -24,6 +24,7 @@ _OURS = {
     "instruct": "causal-lm",
     "choices": "lm",
     "labelling": "token-classification",
+    "spans": "question-answering",
 }
 
 

@@ -40,7 +40,7 @@ def predict(
     """Answer texts with a trained adapter.
 
     A classifier gives each text a label and how sure it is, a labeller the entities in it, a chat
-    model generates an answer.
+    model generates an answer, a reader of spans finds it in the row's passage.
 
     \b
     Examples:
@@ -107,7 +107,8 @@ def _show(rows: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
         _show_entities(found)
         return
     for row, one in zip(rows, found, strict=True):
-        print(f"> {row if isinstance(row, str) else words.plain(row)}\n{one['answer']}\n")
+        asked = one.get("question") or (row if isinstance(row, str) else words.plain(row))
+        print(f"> {asked}\n{one['answer'] or '(no answer)'}\n")
 
 
 def _show_entities(found: Sequence[dict[str, Any]]) -> None:

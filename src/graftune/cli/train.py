@@ -48,7 +48,8 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="classification (default), instruct, choices or labelling.", rich_help_panel=_DATA
+            help="classification (default), instruct, choices, labelling or spans.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     text: Annotated[

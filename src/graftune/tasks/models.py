@@ -45,6 +45,9 @@ LANGUAGE_MODEL = "lm"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 SHOWN = 3
+PREFIX = "base_model_prefix"
+SPAN_HEAD = "qa_outputs."
+"""Beginning of the names of a head for starts and ends, in every class that has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +187,27 @@ def _model(
             attn_implementation=attn,
             use_safetensors=True,
             trust_remote_code=False,
+            key_mapping=_renamed(auto, config),
             ignore_mismatched_sizes=task in NEW_HEADS,
             output_loading_info=True,
         )
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     return model.eval(), tuple(sorted({*report["missing_keys"], *mismatched}))
+
+
+def _renamed(auto: Any, config: PreTrainedConfig) -> dict[str, str] | None:
+    """Returns how a class that calls its body otherwise than its type does finds it in checkpoints.
+
+    So do LLaMA's and others' classes for question answering: "transformer", where all else of the
+    type says "model", and loading would leave the whole body random.
+    """
+    kind: Any = auto._model_mapping.get(type(config), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    above = (
+        one for one in getattr(kind, "__mro__", ()) if one.__name__.endswith("PreTrainedModel")
+    )
+    usual, own = getattr(next(above, None), "base_model_prefix", ""), getattr(kind, PREFIX, "")
+    return {rf"^{usual}\.": f"{own}."} if usual and own and usual != own else None
 
 
 def _tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
@@ -209,7 +228,9 @@ def _refuse_gaps(model: PreTrainedModel, fresh: tuple[str, ...], spec: str, task
     gaps = [
         name
         for name in fresh
-        if "pooler" not in name and (task not in NEW_HEADS or whole or name.startswith(prefix))
+        if "pooler" not in name
+        and not (task == "question-answering" and name.startswith(SPAN_HEAD))
+        and (task not in NEW_HEADS or whole or name.startswith(prefix))
     ]
     if gaps:
         shown = ", ".join(gaps[:SHOWN]) + (" …" if len(gaps) > SHOWN else "")

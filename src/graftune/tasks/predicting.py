@@ -152,7 +152,7 @@ def _placed(ready: Ready) -> Ready:
 
 
 def _ready(told: Mapping[str, Any], task: Task) -> Ready:
-    labels = told["labels"] if task.new_head else None
+    labels = (told["labels"] or None) if task.new_head else None
     base = load_base(told["base"], task.model_task, labels=labels, dtype=told["precision"])
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]

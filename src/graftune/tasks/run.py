@@ -141,6 +141,7 @@ def predict(
         Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`.
         Instructions: `{"messages", "answer"}`.
         Labelling: `{"words", "tags", "entities": [{"type", "start", "end", "text", "score"}]}`.
+        Spans: `{"question", "answer", "start", "end", "score", "best": [the same]}`.
 
     Raises:
         FormatError: The directory is not a finished run's or an adapter's.

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from graftune.errors import DataError, nearest
 from graftune.tasks.conll import read_sentences
+from graftune.tasks.squad import questions_in
 
 Row = dict[str, Any]
 
@@ -138,6 +139,8 @@ def _read_json(path: Path) -> Table:
     if isinstance(value, dict):
         lists = [item for item in cast(Row, value).values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 else value
+    if isinstance(value, list):
+        value = questions_in(cast(list[Any], value)) or cast(list[Any], value)
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {_kind(value)}.")
     items = cast(list[Any], value)

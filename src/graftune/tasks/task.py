@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from graftune.errors import DataError, SettingsError, nearest
 from graftune.tasks.data import Example
-from graftune.tasks.models import NEW_HEADS
+from graftune.tasks.models import LABELLED, NEW_HEADS
 from graftune.tasks.settings import Columns, TaskOptions
 from graftune.tasks.tables import Table
 
@@ -45,6 +45,8 @@ class Encoded:
     """Tokens of each example before it was cut."""
     notes: list[str] = field(default_factory=list[str])
     """What a user should know about the cutting."""
+    cut: int | None = None
+    """Examples that were cut; None: those longer than the limit."""
 
 
 class Task(Protocol):
@@ -87,8 +89,8 @@ class Task(Protocol):
 
     @property
     def starts_head(self) -> bool:
-        """Whether a new head can start where a linear probe of each text's one vector ends."""
-        return self.model_task == "classification"
+        """Whether a new head can start where a linear probe of texts or of their words ends."""
+        return self.model_task in LABELLED
 
     @property
     def has_own_forward(self) -> bool:
@@ -210,6 +212,7 @@ def tasks() -> dict[str, type[Task]]:
         "instruct",
         "choices",
         "labelling",
+        "spans",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

@@ -184,7 +184,7 @@ class TrainingRun:
         base = load_base(
             self.settings.base,
             self.task.model_task,
-            labels=self.labels if self.task.new_head else None,
+            labels=(self.labels or None) if self.task.new_head else None,
             dtype=precision(self.settings),
             seed=self.settings.train.seed,
             note=self._note,
@@ -229,7 +229,8 @@ class TrainingRun:
             lengths = np.array(found[split].lengths)
             middle, high, most = np.percentile(lengths, [50, 90, 100], method="nearest")
             report.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
-            report.cut[split] = int((lengths > ready.max_length).sum())
+            cut = found[split].cut
+            report.cut[split] = int((lengths > ready.max_length).sum()) if cut is None else cut
             for note in found[split].notes:
                 self._note(f"{split.capitalize()}: {note}")
         return found
@@ -292,22 +293,24 @@ class TrainingRun:
         if self.labels or self.task.answers_all:
             began = time.monotonic()
             answers = answer(self.task, ready, examples, size)
-            self._count(examples, encoded["test"].lengths, time.monotonic() - began, ready)
+            self._count(examples, encoded["test"], time.monotonic() - began, ready)
             self._write_answers(examples, answers, run_dir)
             return self.task.measure(examples, answers, self.labels)
         shown = [self.task.question(one.fields, one.where) for one in examples[:SHOWN_ANSWERS]]
         room = min(LONGEST_ANSWER, ready.max_length // 2)
         began = time.monotonic()
         answers = answer(self.task, ready, shown, size, room)
-        self._count(shown, encoded["test"].lengths, time.monotonic() - began, ready)
+        self._count(shown, encoded["test"], time.monotonic() - began, ready)
         self._write_answers(examples, answers, run_dir)
         return measure_logits(self.task, ready, encoded["test"].features, size)
 
     def _count(
-        self, answered: Sequence[Example], lengths: Sequence[int], seconds: float, ready: Ready
+        self, answered: Sequence[Example], encoded: Encoded, seconds: float, ready: Ready
     ) -> None:
-        """Notes what predictions took; `lengths` are the test rows' tokens before they were cut."""
-        tokens = sum(min(length, ready.max_length) for length in lengths[: len(answered)])
+        """Notes what predictions took; `encoded` are the test rows."""
+        lengths = encoded.lengths[: len(answered)]
+        most = max(lengths) if encoded.cut == 0 else ready.max_length
+        tokens = sum(min(length, most) for length in lengths)
         self.costs |= {"rows": len(answered), "seconds": seconds, "tokens": tokens}
 
     def _write_answers(
