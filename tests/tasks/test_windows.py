@@ -38,6 +38,15 @@ def test_windows_overlap_by_the_stride_and_hold_every_word(ready: Ready) -> None
     assert words[0] + [word for one in words[1:] for word in one[2:]] == LONG.split()
 
 
+def test_a_rows_windows_do_not_depend_on_the_other_rows(ready: Ready) -> None:
+    rows = [example("what is it", LONG), example("what is it you want", LONG), example("a", "b")]
+    alone = [windows_of([one], ready, 4) for one in rows]
+    together = windows_of(rows, ready, 4)
+    assert [one.row for one in together] == [n for n in range(3) for _ in alone[n]]
+    places = [one.places for windows in alone for one in windows]
+    assert [one.places for one in together] == places
+
+
 def test_an_answer_is_labelled_only_where_a_window_holds_all_of_it(ready: Ready) -> None:
     start = LONG.index("money")
     end = start + len("money back")

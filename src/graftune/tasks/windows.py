@@ -9,7 +9,7 @@ windows, the best spans count, and for "no answer" the lowest score of token 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,10 @@ class Window:
 
         Both are `NOWHERE` unless the window holds all of them.
         """
-        inside = [at for at, place in enumerate(self.places) if place is not None]
-        if not inside or self.places[inside[0]][0] > start or self.places[inside[-1]][1] < end:  # type: ignore[index]
-            return NOWHERE, NOWHERE
-        held = [
-            at for at in inside for a, b in [self.places[at] or (0, 0)] if b > start and a < end
-        ]
-        return (held[0], held[-1]) if held else (NOWHERE, NOWHERE)
+        inside = [(at, *place) for at, place in enumerate(self.places) if place is not None]
+        held = [at for at, begins, ends in inside if ends > start and begins < end]
+        whole = bool(held) and inside[0][1] <= start and inside[-1][2] >= end
+        return (held[0], held[-1]) if whole else (NOWHERE, NOWHERE)
 
 
 @dataclass(frozen=True)
@@ -74,30 +71,42 @@ def windows_of(examples: Sequence[Example], ready: Ready, stride: int) -> list[W
     Raises:
         DataError: A question leaves no room for its passage.
     """
-    tokenizer: Any = ready.tokenizer
-    between = _separator(tokenizer)
+    between = _separator(ready.tokenizer)
     questions = [example.fields["question"].strip() + between for example in examples]
-    room = _room(questions, examples, ready)
+    groups: dict[int, list[int]] = {}
+    for row, room in enumerate(_rooms(questions, examples, ready)):
+        groups.setdefault(min(stride, room // 2), []).append(row)
+    found: list[Window] = []
+    for shared, rows in groups.items():
+        texts = [(questions[row], examples[row].fields["context"]) for row in rows]
+        found += [
+            Window(rows[one.row], one.features, one.places)
+            for one in _windows(texts, ready, shared)
+        ]
+    return sorted(found, key=lambda one: one.row)
+
+
+def _windows(texts: Sequence[tuple[str, str]], ready: Ready, stride: int) -> Iterator[Window]:
+    """Yields the windows of questions and passages, in their order."""
+    tokenizer: Any = ready.tokenizer
     whole: Any = tokenizer(
-        questions,
-        [example.fields["context"] for example in examples],
+        [question for question, _ in texts],
+        [passage for _, passage in texts],
         truncation="only_second",
         max_length=ready.max_length,
-        stride=min(stride, room // 2),
+        stride=stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
     rows, offsets = whole.pop("overflow_to_sample_mapping"), whole.pop("offset_mapping")
     keys = [key for key in whole if key != "attention_mask"]
-    found: list[Window] = []
     for index, row in enumerate(rows):
         parts = whole.sequence_ids(index)
         places = [
             (int(place[0]), int(place[1])) if part == 1 and place[1] > place[0] else None
             for place, part in zip(offsets[index], parts, strict=True)
         ]
-        found.append(Window(int(row), {key: whole[key][index] for key in keys}, places))
-    return found
+        yield Window(int(row), {key: whole[key][index] for key in keys}, places)
 
 
 def _separator(tokenizer: Any) -> str:
@@ -108,18 +117,18 @@ def _separator(tokenizer: Any) -> str:
     return "\n" if first == last + 1 else ""
 
 
-def _room(questions: Sequence[str], examples: Sequence[Example], ready: Ready) -> int:
-    """Returns how many tokens of a passage a window holds beside the longest question."""
+def _rooms(questions: Sequence[str], examples: Sequence[Example], ready: Ready) -> Iterator[int]:
+    """Yields how many tokens of its passage a window of each row holds."""
     tokenizer: Any = ready.tokenizer
-    lengths = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    room = ready.max_length - tokenizer.num_special_tokens_to_add(pair=True) - lengths[longest]
-    if room < _LEAST_ROOM:
-        raise DataError(
-            f"{examples[longest].where}: the question has {lengths[longest]} tokens, which leaves "
-            f"no room for its passage in {ready.max_length} (data.max_length)."
-        )
-    return room
+    most = ready.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    ids = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
+    for question, example in zip(ids, examples, strict=True):
+        if most - len(question) < _LEAST_ROOM:
+            raise DataError(
+                f"{example.where}: the question has {len(question)} tokens, which leaves no room "
+                f"for its passage in {ready.max_length} (data.max_length)."
+            )
+        yield most - len(question)
 
 
 def best_spans(window: Window, logits: NDArray[Any], longest: int, count: int) -> list[Span]:
