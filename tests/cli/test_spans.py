@@ -20,6 +20,7 @@ def test_a_squad_file_trains_and_is_asked(graftune, tmp_path):
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert {"exact", "F1"} <= {line.split()[0] for line in ended.out.splitlines() if line}
+    assert ended.out.rstrip().endswith(f"graftune predict {out} --data FILE")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<h3>what is it</h3>" in page
     assert "money back" in page

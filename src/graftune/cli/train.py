@@ -255,9 +255,14 @@ def show_result(result: RunResult, page: Path | None, as_json: bool) -> None:
             ("took", f"{words.duration(result.seconds)}, "
                      f"peak memory {words.size(result.peak_memory_bytes)}"),
             *([("report", str(page))] if page else []),
-            ("next", f'graftune predict {result.run_dir} "some text"'),
+            ("next", f"graftune predict {result.run_dir} {_asked(result)}"),
         ]
     )  # fmt: skip
+
+
+def _asked(result: RunResult) -> str:
+    """Returns how the next thing is asked: spans need a passage beside the question."""
+    return "--data FILE" if result.settings.get("task") == "spans" else '"some text"'
 
 
 def _costs(result: RunResult) -> list[tuple[str, str]]:
