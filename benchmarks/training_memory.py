@@ -53,9 +53,9 @@ def base(shape: str) -> tuple[nn.Module, dict[str, Any]]:
         num_layers=6,
         num_heads=8,
         vocab_size=8000,
-        decoder_start_token_id=0,
         pad_token_id=0,
     )
+    config.decoder_start_token_id = 0
     return hf.T5ForConditionalGeneration(config), {
         "input_ids": torch.randint(5, 1000, (16, 64)),
         "labels": torch.randint(5, 1000, (16, 16)),

@@ -66,7 +66,7 @@ def test_a_gate_wide_open_to_the_side_makes_it_blind_to_the_blocks() -> None:
     with torch.no_grad():
         adapter.grafts[0].delta.gates.fill_(1e4)
         alone = logits(model, inputs)
-        for block in model.model.layers:
+        for block in model.get_submodule("model.layers").children():
             block.mlp.down_proj.weight.add_(0.5)
     assert not torch.equal(before, alone)
     assert torch.equal(alone, logits(model, inputs))
@@ -100,15 +100,16 @@ def test_pruned_by_nothing_a_side_block_is_the_trunks(family: str) -> None:
 
 def test_pruning_keeps_the_features_with_the_largest_weights() -> None:
     model = FAMILIES["bert"].build()
-    layer = model.bert.encoder.layer[0]
+    layers: list[Any] = list(model.get_submodule("bert.encoder.layer").children())
+    layer = layers[0]
     kept = torch.tensor([1, 4, 5, 9, 12, 13, 14, 17, 20, 21, 22, 25, 28, 29, 30, 31])
     units = torch.arange(0, 128, 2)
     with torch.no_grad():
-        for block in model.bert.encoder.layer:
+        for block in layers:
             for linear in block.modules():
                 if isinstance(linear, nn.Linear) and linear.in_features == 32:
                     linear.weight[:, kept] += 5.0
-        for one in model.bert.encoder.layer:
+        for one in layers:
             one.intermediate.dense.weight[units] += 9.0
     adapter = gt.attach(model, gt.LadderSideTuning(reduction=2))
     side = adapter.grafts[0].delta.body.encoder.layer[0]

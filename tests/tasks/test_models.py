@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,3 +274,17 @@ def test_demo_smollm2_is_converted_once_and_chats(monkeypatch: pytest.MonkeyPatc
     answer = base.model.generate(**asked, max_new_tokens=24)[0, asked["input_ids"].shape[1] :]
     assert "Paris" in base.tokenizer.decode(answer)
     assert answer[-1] == base.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert, tiny.t5])
+@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
+def test_a_new_head_comes_on_the_pretrained_body(tmp_path: Path, make: Any, task: str):
+    folder = str(make(tmp_path / "base"))
+    labels = ["a", "b", "c"] if task == "token-classification" else None
+    model, body = load_base(folder, task, labels=labels).model, load_base(folder, "feature").model
+    inside, here = model.base_model.state_dict(), body.state_dict()
+    shared = inside.keys() & here.keys()
+    assert len(shared) >= 20
+    assert all(torch.equal(inside[name], here[name]) for name in shared)
+    head = next(m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.Linear))
+    assert head.out_features == (3 if labels else 2)

@@ -33,6 +33,18 @@ def test_each_format_gives_the_same_row(tmp_path: Path, name: str, content: str)
     assert read_table(file(tmp_path, name, content)).rows == [{"text": "hello", "label": "x"}]
 
 
+def test_lists_of_class_numbers_become_lists_of_names(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is read with pyarrow")
+    inner = {"names": ["O", "B-x"], "_type": "ClassLabel"}
+    features = {"ner_tags": {"feature": inner, "_type": "List"}}
+    kept = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.table({"ner_tags": [[0, 1], []]}).replace_schema_metadata(kept)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    rows = read_table(tmp_path / "a.parquet").rows
+    assert [row["ner_tags"] for row in rows] == [["O", "B-x"], []]
+
+
 def test_parquet_class_numbers_become_names(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is read with pyarrow")

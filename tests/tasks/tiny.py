@@ -39,6 +39,29 @@ def mail(count: int = 60) -> list[dict[str, str]]:
     ]
 
 
+def tagged(count: int = 60) -> list[dict[str, list[str]]]:
+    """Distinct texts with one entity of a single word and one of two words."""
+    rows: list[dict[str, list[str]]] = []
+    for i in range(count):
+        first, second = WORDS[i % 4 * 2], WORDS[10 + i // 4 % 15]
+        words = [first, "parcel", second, "money", "back"][: 5 if i % 3 else 3]
+        tags = ["O", "B-thing", "O", "B-sum", "I-sum"][: len(words)]
+        rows.append({"tokens": words, "ner_tags": tags})
+    return rows
+
+
+def passages(count: int = 60) -> list[dict[str, Any]]:
+    """Distinct passages that hold the answer, "money back", somewhere."""
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        before = [WORDS[(i + n) % 4] for n in range(i % 5)]
+        after = [WORDS[11 + (i // 5 + n) % 12] for n in range(3)]
+        context = " ".join([*before, "money back", *after])
+        place = {"text": "money back", "answer_start": context.index("money")}
+        rows.append({"question": "what is it", "context": context, "answers": [place]})
+    return rows
+
+
 def lessons(count: int = 24) -> list[dict[str, str]]:
     """Distinct instructions, all answered alike."""
     return [
@@ -108,6 +131,28 @@ def t5(folder: Path) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     return _saved(T5ForConditionalGeneration(config), tokenizer, folder)
+
+
+def gpt2(folder: Path) -> Path:
+    """A GPT-2 of two blocks; each byte is a token, and a space belongs to what follows it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["<|end|>", *alphabet, *(f"\u0120{letter}" for letter in letters)]
+    merges = [("\u0120", letter) for letter in letters]
+    inner = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+    config = GPT2Config(
+        vocab_size=len(pieces), n_embd=32, n_layer=2, n_head=2, n_positions=128,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return _saved(GPT2LMHeadModel(config), tokenizer, folder)
 
 
 def _tokenizer(specials: Sequence[str], pad: str, unknown: str, eos: str | None = None) -> Any:

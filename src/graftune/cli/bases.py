@@ -16,8 +16,16 @@ _TASKS = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_2_SEQ_LM": "seq2seq-lm",
     "FEATURE_EXTRACTION": "feature",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
 }
-_OURS = {"classification": "classification", "instruct": "causal-lm", "choices": "lm"}
+_OURS = {
+    "classification": "classification",
+    "instruct": "causal-lm",
+    "choices": "lm",
+    "labelling": "token-classification",
+    "spans": "question-answering",
+}
 
 
 def load_base_of(folder: Path, base: str | None) -> Base:
@@ -30,7 +38,7 @@ def load_base_of(folder: Path, base: str | None) -> Base:
     Raises:
         FormatError: The directory doesn't say its base, or is no adapter's.
     """
-    from graftune.tasks.models import load_base
+    from graftune.tasks.models import LABELLED, load_base
 
     config = _read(folder / "adapter_config.json")
     if config is None:
@@ -40,7 +48,7 @@ def load_base_of(folder: Path, base: str | None) -> Base:
     if not spec:
         raise FormatError(f'"{folder}" names no base model; say which with --base.')
     task = _OURS.get(str(ours.get("task"))) or _TASKS.get(str(config.get("task_type")))
-    labels = (ours.get("labels") or _labels(folder)) if task == "classification" else None
+    labels = (ours.get("labels") or _labels(folder)) if task in LABELLED else None
     loaded = load_base(str(spec), task or "causal-lm", labels=labels)
     if ours.get("chat_template"):
         loaded.tokenizer.chat_template = ours["chat_template"]

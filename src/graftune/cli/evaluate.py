@@ -52,3 +52,4 @@ def evaluate(
         for key in found["metrics"]
     ]
     screen.print_table([f"{found['rows']:,} {split} rows", *columns], rows)
+    screen.print_classes(found["classes"])

@@ -41,7 +41,8 @@ def predict(
 ) -> None:
     """Answer texts with a trained adapter.
 
-    A classifier gives each text a label and how sure it is, a chat model generates an answer.
+    A classifier gives each text a label and how sure it is, a labeller the entities in it, a chat
+    model generates an answer, a reader of spans finds it in the row's passage.
 
     \b
     Examples:
@@ -117,5 +118,25 @@ def _show(rows: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
                 cells.insert(2, ", ".join(one["members"]))
         screen.print_table(columns, table, numbers=9)
         return
+    if found and "entities" in found[0]:
+        _show_entities(found)
+        return
     for row, one in zip(rows, found, strict=True):
-        print(f"> {row if isinstance(row, str) else words.plain(row)}\n{one['answer']}\n")
+        asked = one.get("question") or (row if isinstance(row, str) else words.plain(row))
+        print(f"> {asked}\n{one['answer'] or '(no answer)'}\n")
+
+
+def _show_entities(found: Sequence[dict[str, Any]]) -> None:
+    from graftune.cli import screen
+    from graftune.compare.report import words
+
+    for one in found:
+        print(f"> {' '.join(one['words'])}")
+        rows = [
+            [mark["type"], words.percent(mark["score"]), mark["text"]] for mark in one["entities"]
+        ]
+        if rows:
+            screen.print_table(["entity", "sure", "text"], rows, numbers=9)
+        else:
+            print("no entities")
+        print()

@@ -33,6 +33,22 @@ def print_table(
     console.print(table)
 
 
+def print_classes(classes: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the scores of each kind of entity, if there are any."""
+    from graftune.compare.report import words
+
+    if classes:
+        rows = [
+            [
+                one["label"],
+                *(words.percent(one[key]) for key in ("precision", "recall", "f1")),
+                words.number(one["support"]),
+            ]
+            for one in classes
+        ]
+        print_table(["entities", "precision", "recall", "F1", "number"], rows)
+
+
 def print_pairs(pairs: Mapping[str, str] | Sequence[tuple[str, str]]) -> None:
     """Prints names and values in two columns on standard output."""
     rows = list(pairs.items() if isinstance(pairs, Mapping) else pairs)

@@ -33,7 +33,8 @@ def train(
         typer.Option(
             "--data",
             "--train",
-            help="Training rows: CSV, TSV, JSONL, JSON or Parquet file, folder, or data set name.",
+            help="Training rows: CSV, TSV, JSONL, JSON, Parquet or CoNLL file, folder, or data set "
+            "name.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -46,7 +47,10 @@ def train(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="classification (default), instruct or choices.", rich_help_panel=_DATA),
+        typer.Option(
+            help="classification (default), instruct, choices, labelling or spans.",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Column of the text.", rich_help_panel=_DATA)
@@ -240,6 +244,7 @@ def show_result(result: RunResult, page: Path | None, as_json: bool) -> None:
         for key in keys
     ]
     screen.print_table([result.name, *splits], rows)
+    screen.print_classes(result.classes)
     parameters = result.parameters
     screen.print_pairs(
         [
@@ -250,9 +255,14 @@ def show_result(result: RunResult, page: Path | None, as_json: bool) -> None:
             ("took", f"{words.duration(result.seconds)}, "
                      f"peak memory {words.size(result.peak_memory_bytes)}"),
             *([("report", str(page))] if page else []),
-            ("next", f'graftune predict {result.run_dir} "some text"'),
+            ("next", f"graftune predict {result.run_dir} {_asked(result)}"),
         ]
     )  # fmt: skip
+
+
+def _asked(result: RunResult) -> str:
+    """Returns how the next thing is asked: spans need a passage beside the question."""
+    return "--data FILE" if result.settings.get("task") == "spans" else '"some text"'
 
 
 def _costs(result: RunResult) -> list[tuple[str, str]]:

@@ -46,6 +46,10 @@ class Reader(Protocol):
         """Returns a table's rows as examples. Raises DataError for a row that can't be used."""
         ...
 
+    def remarks(self, examples: Sequence[Example]) -> list[str]:
+        """Returns what a user should know about a split's rows, a sentence each."""
+        ...
+
 
 @dataclass
 class DataReport:
@@ -108,6 +112,8 @@ def load(settings: DataSettings, reader: Reader) -> Loaded:
     )
     splits = _complete(splits, settings, report)
     _count(splits, report)
+    for split, examples in splits.items():
+        report.notes.extend(f"{split.capitalize()}: {note}" for note in reader.remarks(examples))
     return Loaded(splits, report)
 
 

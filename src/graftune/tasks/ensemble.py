@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from graftune.errors import SettingsError, nearest
 from graftune.tasks import dropping
 from graftune.tasks.data import Example
-from graftune.tasks.predicting import Measured, Predictor, adapter_folder, answer, measure_answers
+from graftune.tasks.measured import Measured
+from graftune.tasks.predicting import Predictor, adapter_folder, answer
 from graftune.tasks.task import Ready
 from graftune.tasks.workspace import PROMPT, SETTINGS, read_settings, read_task
 
@@ -105,10 +106,10 @@ class Ensemble:
         said = self._answers(examples, batch_size)
         labels = self.ready.labels
         alone = {
-            member.path: measure_answers(self.task, labels, examples, answers)
+            member.path: self.task.measure(examples, answers, labels)
             for member, answers in zip(self.members, said, strict=True)
         }
-        return measure_answers(self.task, labels, examples, self._voted(said)), alone
+        return self.task.measure(examples, self._voted(said), labels), alone
 
     def _answers(self, examples: Sequence[Example], batch_size: int) -> list[list[dict[str, Any]]]:
         """Returns each member's answers."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PrinterCallback
 
+from graftune.tasks.measured import Score
 from graftune.tasks.progress import Progress, history
 from graftune.tasks.result import Watcher
 from graftune.tasks.settings import RunSettings
@@ -51,6 +52,7 @@ def fit(
     train: Features,
     validation: Features,
     *,
+    score: Score,
     run_dir: Path,
     watcher: Watcher,
     plan: dict[str, Any],
@@ -70,7 +72,7 @@ def fit(
         forward=task.forward if task.has_own_forward else None,
         train_dataset=train,
         eval_dataset=validation or None,
-        compute_metrics=_scores(task),
+        compute_metrics=_scores(score),
         preprocess_logits_for_metrics=_summaries(task),
         group_by_length=settings.train.group_by_length,
         head_lr=settings.train.head_lr,
@@ -132,9 +134,9 @@ def _callbacks(
     return callbacks
 
 
-def _scores(task: Task) -> Any:
+def _scores(score: Score) -> Any:
     def compute(prediction: Any) -> dict[str, float]:
-        return task.score(prediction.predictions, prediction.label_ids)
+        return score(prediction.predictions, prediction.label_ids)
 
     return compute
 

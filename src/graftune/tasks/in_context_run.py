@@ -13,7 +13,8 @@ from graftune.tasks.chat_prompt import ChatPrompt
 from graftune.tasks.data import Example, Loaded, load
 from graftune.tasks.demonstrations import chosen, text_of, with_vectors
 from graftune.tasks.in_context import Demonstrations, InContext, in_context_of
-from graftune.tasks.predicting import Measured, measure_answers, measure_logits
+from graftune.tasks.measured import Measured
+from graftune.tasks.predicting import measure_logits
 from graftune.tasks.prompt_costs import PromptCosts, break_even
 from graftune.tasks.prompt_room import check_room, first_prompt
 from graftune.tasks.ranking import RankedPrompt
@@ -181,7 +182,7 @@ class InContextRun:
         workspace.write_lines(run_dir / workspace.PREDICTIONS, rows)
         if isinstance(prompt, ChatPrompt):
             return measure_logits(self.task, ready, prompt.features(examples), size)
-        return measure_answers(self.task, self.labels, examples, answers)
+        return self.task.measure(examples, answers, self.labels)
 
     def _announced(self, total: int) -> Any:
         """Tells the watcher what begins; returns what tells it of each prediction."""

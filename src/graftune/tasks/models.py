@@ -33,12 +33,21 @@ TASKS = {
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
     "masked-lm": "AutoModelForMaskedLM",
     "feature": "AutoModel",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
 }
+NEW_HEADS = ("classification", "token-classification", "question-answering")
+"""The tasks whose head a pretrained base lacks, and which is made."""
+LABELLED = NEW_HEADS[:2]
+"""Those of them whose head has an output for each label."""
 LANGUAGE_MODEL = "lm"
 """The task of a causal or an encoder-decoder language model, whichever a base is."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 SHOWN = 3
+PREFIX = "base_model_prefix"
+SPAN_HEAD = "qa_outputs."
+"""Beginning of the names of a head for starts and ends, in every class that has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,8 @@ def load_base(
     Args:
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
         task: "classification", "causal-lm", "seq2seq-lm", "lm" (whichever of the two language
-            models it is), "masked-lm" or "feature" (no head).
+            models it is), "masked-lm", "feature" (no head), "token-classification" or
+            "question-answering".
         labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
             A trained head of another size is replaced by a new one.
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
@@ -90,7 +100,7 @@ def load_base(
     _check_settings(task, labels, dtype, attn)
     source = locate(spec, note or _to_stderr)
     with quiet(), _clear_errors(spec, task, source):
-        config = _config(source, labels)
+        config = _config(source, labels, task)
         if task == LANGUAGE_MODEL:
             task = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
         model, fresh = _model(source, config, task, dtype, attn, seed)
@@ -113,7 +123,7 @@ def base_config(spec: str) -> PreTrainedConfig | None:
         return None
     source = locate(spec, _to_stderr)
     with quiet(), _clear_errors(spec, "classification", source):
-        return _config(source, None)
+        return _config(source, None, "classification")
 
 
 def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: str | None) -> None:
@@ -131,15 +141,17 @@ def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: s
             )
     if labels is None:
         return
-    if task != "classification":
-        raise SettingsError(f'labels belong to task "classification", not to "{task}"')
+    if task not in LABELLED:
+        raise SettingsError(
+            f'labels belong to task "classification" or "token-classification", not to "{task}"'
+        )
     if isinstance(labels, str) or len(labels) < 2:
         raise SettingsError(f"labels = {labels!r}: a classifier needs a list of at least two")
     if twice := sorted({label for label in labels if list(labels).count(label) > 1}):
         raise SettingsError(f"labels names {listed(twice)} more than once")
 
 
-def _config(source: Path | str, labels: Sequence[str] | None) -> PreTrainedConfig:
+def _config(source: Path | str, labels: Sequence[str] | None, task: str) -> PreTrainedConfig:
     """Returns the model's configuration, with the classes in it."""
     from transformers import AutoConfig
 
@@ -148,6 +160,8 @@ def _config(source: Path | str, labels: Sequence[str] | None) -> PreTrainedConfi
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
         config.problem_type = "single_label_classification"
+    elif task == "question-answering":
+        config.num_labels = 2  # a start and an end
     return config
 
 
@@ -173,11 +187,27 @@ def _model(
             attn_implementation=attn,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=task == "classification",
+            key_mapping=_renamed(auto, config),
+            ignore_mismatched_sizes=task in NEW_HEADS,
             output_loading_info=True,
         )
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     return model.eval(), tuple(sorted({*report["missing_keys"], *mismatched}))
+
+
+def _renamed(auto: Any, config: PreTrainedConfig) -> dict[str, str] | None:
+    """Returns how a class that calls its body otherwise than its type does finds it in checkpoints.
+
+    So do LLaMA's and others' classes for question answering: "transformer", where all else of the
+    type says "model", and loading would leave the whole body random.
+    """
+    kind: Any = auto._model_mapping.get(type(config), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    above = (
+        one for one in getattr(kind, "__mro__", ()) if one.__name__.endswith("PreTrainedModel")
+    )
+    usual, own = getattr(next(above, None), "base_model_prefix", ""), getattr(kind, PREFIX, "")
+    return {rf"^{usual}\.": f"{own}."} if usual and own and usual != own else None
 
 
 def _tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
@@ -198,7 +228,9 @@ def _refuse_gaps(model: PreTrainedModel, fresh: tuple[str, ...], spec: str, task
     gaps = [
         name
         for name in fresh
-        if "pooler" not in name and (task != "classification" or whole or name.startswith(prefix))
+        if "pooler" not in name
+        and not (task == "question-answering" and name.startswith(SPAN_HEAD))
+        and (task not in NEW_HEADS or whole or name.startswith(prefix))
     ]
     if gaps:
         shown = ", ".join(gaps[:SHOWN]) + (" …" if len(gaps) > SHOWN else "")

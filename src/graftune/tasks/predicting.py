@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graftune.errors import DataError, SettingsError
-from graftune.tasks import beside, dropping, metrics
+from graftune.tasks import beside, dropping
 from graftune.tasks.data import Example
+from graftune.tasks.measured import Measured
 from graftune.tasks.models import load_base
 from graftune.tasks.task import Ready, Task, find_task
 from graftune.tasks.workspace import ADAPTER, PROMPT, read_task
@@ -94,9 +95,9 @@ class Predictor:
 
             check_sizes(batch_size)
             return measure(self.prompt, task, ready, examples, batch_size)
-        if ready.labels:
+        if ready.labels or task.answers_all:
             found = answer(task, ready, examples, batch_size)
-            return measure_answers(task, ready.labels, examples, found)
+            return task.measure(examples, found, ready.labels)
         return measure_logits(task, ready, task.encode(examples, ready).features, batch_size)
 
     def question(self, row: str | Mapping[str, Any], where: str) -> Example:
@@ -152,7 +153,7 @@ def _placed(ready: Ready) -> Ready:
 
 
 def _ready(told: Mapping[str, Any], task: Task) -> Ready:
-    labels = told["labels"] if task.new_head else None
+    labels = (told["labels"] or None) if task.new_head else None
     base = load_base(told["base"], task.model_task, labels=labels, dtype=told["precision"])
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]
@@ -188,33 +189,6 @@ def check_sizes(batch_size: int, max_new_tokens: int = 1) -> None:
         raise DataError(
             f"batch_size is {batch_size}, max_new_tokens {max_new_tokens}; both must be 1 or more."
         )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """How a model does on examples whose answers are known."""
-
-    metrics: dict[str, float]
-    confusion: list[list[int]]
-    """Counts by true class (row) and answered class (column); [] without classes."""
-
-
-def measure_answers(
-    task: Task, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Any]
-) -> Measured:
-    """Returns the metrics of answered labels, or of rows' own choices, which have no classes."""
-    if not labels:
-        rights = [one.fields["choices"].index(one.fields["answer"]) for one in examples]
-        chosen = [
-            example.fields["choices"].index(one["label"])
-            for example, one in zip(examples, answers, strict=True)
-        ]
-        return Measured(task.score(np.array(chosen), np.array(rights)), [])
-    number = {label: index for index, label in enumerate(labels)}
-    targets = np.array([number[example.stratum] for example in examples])
-    said = np.array([number[one["label"]] for one in answers])
-    counts = metrics.confusion(targets, said, len(labels))
-    return Measured(task.score(said, targets), counts.tolist())
 
 
 def measure_logits(

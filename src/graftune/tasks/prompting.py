@@ -15,8 +15,9 @@ from graftune.errors import FormatError, SettingsError
 from graftune.tasks.chat_prompt import ChatPrompt
 from graftune.tasks.data import Example
 from graftune.tasks.in_context import Demonstrations, InContext, in_context_of, template_of
+from graftune.tasks.measured import Measured
 from graftune.tasks.models import LANGUAGE_MODEL, base_config, load_base
-from graftune.tasks.predicting import Measured, measure_answers, measure_logits
+from graftune.tasks.predicting import measure_logits
 from graftune.tasks.prompt_costs import PromptCosts
 from graftune.tasks.ranking import RankedPrompt
 from graftune.tasks.resolving import UNBOUNDED, most_tokens
@@ -111,7 +112,7 @@ def measure(
     if isinstance(prompt, ChatPrompt):
         return measure_logits(task, ready, prompt.features(examples), batch_size)
     answers = prompt.answers(examples, batch_size=batch_size)
-    return measure_answers(task, ready.labels, examples, answers)
+    return task.measure(examples, answers, ready.labels)
 
 
 def save(folder: Path, settings: InContext, shown: Demonstrations) -> None:

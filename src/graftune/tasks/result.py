@@ -49,6 +49,8 @@ class RunResult:
     """What was found in the data: `DataReport.to_dict()`."""
     notes: list[str] = field(default_factory=list[str])
     """What the user was told on the way."""
+    classes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """`{label, precision, recall, f1, support}` of each kind of entity in the test rows."""
     heat_maps: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """What the method has to show of the trained adapter: `HeatMap`s as dictionaries."""
 

@@ -99,8 +99,8 @@ def evaluate(
         vote: How: "majority" (if None) or "mean".
 
     Returns:
-        `{"split", "rows", "metrics", "confusion", "labels"}`; of a vote also `vote` and `members`,
-        each one's `{"path", "metrics"}`.
+        `{"split", "rows", "metrics", "confusion", "labels", "classes"}`; of a vote also `vote` and
+        `members`, each one's `{"path", "metrics"}`.
 
     Raises:
         FormatError: The directory is not a run's.
@@ -119,7 +119,7 @@ def evaluate(
         loaded = Predictor.load(run_dir, drop=drop)
     task, ready = loaded.task, loaded.ready
     examples = _examples(Path(run_dir), data, split, task, loaded.columns)
-    _check_labels(examples, ready.labels)
+    task.check_known(examples, ready.labels)
     more: dict[str, Any] = {}
     if isinstance(loaded, Predictor):
         found = loaded.measure(examples, batch_size)
@@ -133,6 +133,7 @@ def evaluate(
         "metrics": found.metrics,
         "confusion": found.confusion,
         "labels": ready.labels,
+        "classes": found.classes,
         **more,
     }
 
@@ -165,6 +166,8 @@ def predict(
         Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`, of a
         vote each label's share of it, and `members`, what each member said.
         Instructions: `{"messages", "answer"}`.
+        Labelling: `{"words", "tags", "entities": [{"type", "start", "end", "text", "score"}]}`.
+        Spans: `{"question", "answer", "start", "end", "score", "best": [the same]}`.
 
     Raises:
         FormatError: The directory is not a finished run's or an adapter's.
@@ -223,14 +226,3 @@ def _examples(
     table = read_split(data, split)
     check_columns(table, dict(columns))
     return task.examples(table, columns)
-
-
-def _check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
-    from graftune.errors import nearest
-
-    for example in examples:
-        if labels and example.stratum not in labels:
-            raise DataError(
-                f'{example.where}: the label "{example.stratum}" is not one that the run was '
-                f"trained on.{nearest(example.stratum, labels)}"
-            )

@@ -44,6 +44,10 @@ class Columns(_Section):
     """Classification and choices: the text, or the first of a pair."""
     text_pair: str | None = None
     """Classification and choices, of pairs: the second text."""
+    words: str | None = None
+    """Labelling: the words, a list."""
+    tags: str | None = None
+    """Labelling: the words' tags, a list of the same length."""
     label: str | None = None
     """Classification: the label's name or number. Choices: the right one, or its number from 0."""
     choices: str | None = None
@@ -52,8 +56,12 @@ class Columns(_Section):
     """Instructions: what is asked."""
     input: str | None = None
     """Instructions: what the question is about (alpaca's `input`, dolly's `context`)."""
+    question: str | None = None
+    """Spans: what is asked about the passage."""
+    context: str | None = None
+    """Spans: the passage."""
     answer: str | None = None
-    """Instructions: the answer to learn."""
+    """Instructions: the answer to learn. Spans: the answers, parts of the passage."""
     messages: str | None = None
     """Instructions: whole conversations, lists of `{role, content}`."""
 
@@ -62,7 +70,8 @@ class DataSettings(_Section):
     """Where the data lies and how it is split."""
 
     train: str
-    """A CSV, TSV, JSONL, JSON or Parquet file, a folder of them, or a `datasets` folder or name."""
+    """A CSV, TSV, JSONL, JSON, Parquet or CoNLL file, a folder of them, or a `datasets` folder or
+    name."""
     validation: str | None = None
     """Like `train`; made from the training data when not given."""
     test: str | None = None
@@ -71,7 +80,7 @@ class DataSettings(_Section):
     """Columns by name, where they don't have the usual ones."""
     max_length: Annotated[int, Field(ge=4)] | None = None
     """Longest text in tokens; longer ones are cut, and counted. Default: the model's limit, at
-    most 512 for classification and choices, and 1024 for instructions."""
+    most 512; 384 for spans, whose passages are read in windows, and 1024 for instructions."""
     validation_fraction: Fraction = 0.1
     """Share of the training data held out for validation when no file is given; 0 for none."""
     test_fraction: Fraction = 0.2
@@ -84,11 +93,11 @@ class TrainSettings(_Section):
     """How it is trained. What is None takes the task's or the method's default."""
 
     epochs: Positive | None = None
-    """Passes over the training data. Default: 10; 3 for instructions."""
+    """Passes over the training data. Default: 10; 3 for instructions and spans."""
     steps: Count | None = None
     """Optimiser steps, instead of `epochs`."""
     batch_size: Count | None = None
-    """Examples per step. Default: 16 for classification, else 8."""
+    """Examples per step. Default: 8 for choices and instructions, else 16."""
     accumulation: Count = 1
     """Batches whose gradients are summed to one step."""
     lr: Positive | None = None
@@ -117,11 +126,13 @@ class TrainSettings(_Section):
     select: Literal["best", "last"] = "best"
     """Which weights the run ends with: the best on the validation data, or the last."""
     metric: str | None = None
-    """What "best" means. Default: accuracy; loss for instructions."""
+    """What "best" means. Default: accuracy; entity_f1 for labelling, f1 for spans; loss
+    for instructions."""
     early_stop: Count | None = None
     """Evaluations in a row without a better metric after which the run ends."""
     head_start: bool = True
-    """Begin with a new classification head that is fitted to the frozen base, not with noise."""
+    """Begin with a new head for labels of texts or words that is fitted to the frozen base, not
+    with noise."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; auto: bfloat16 on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False
@@ -182,7 +193,8 @@ class RunSettings(_Section):
     base: str
     """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
     task: str = "classification"
-    """`classification` (of texts or pairs), `instruct`, or `choices` (among answers)."""
+    """`classification` (of texts or pairs), `instruct`, `choices` (among answers), `labelling`
+    (of words), or `spans` (answers in passages)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

@@ -10,6 +10,7 @@ from typing import Any
 from graftune.errors import DataError
 from graftune.tasks.tables import (
     Table,
+    class_names,
     missing_file_message,
     name_classes,
     read_table,
@@ -134,9 +135,6 @@ def _tables(loaded: Any, source: str) -> dict[str, Table]:
 
 
 def _table(dataset: Any, source: str) -> Table:
-    names = {
-        column: list(feature.names)
-        for column, feature in dataset.features.items()
-        if hasattr(feature, "names")
-    }
+    found = {column: class_names(feature) for column, feature in dataset.features.items()}
+    names = {column: classes for column, classes in found.items() if classes}
     return Table([name_classes(row, names) for row in dataset.to_list()], source)

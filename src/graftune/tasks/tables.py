@@ -1,4 +1,4 @@
-"""Rows from files: CSV, TSV, JSONL, JSON, Parquet, each row with the place it came from.
+"""Rows from files: CSV, TSV, JSONL, JSON, Parquet, CoNLL, each row with the place it came from.
 
 Only the standard library is needed for text; pyarrow is imported for Parquet alone.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftune.errors import DataError, nearest
+from graftune.tasks.conll import read_sentences
+from graftune.tasks.squad import questions_in
 
 Row = dict[str, Any]
 
@@ -44,7 +46,7 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Returns the rows of a CSV, TSV, JSONL, JSON or Parquet file.
+    """Returns the rows of a CSV, TSV, JSONL, JSON, Parquet or CoNLL file.
 
     Raises:
         DataError: The file can't be read, has another ending, or is not what its ending says.
@@ -137,11 +139,18 @@ def _read_json(path: Path) -> Table:
     if isinstance(value, dict):
         lists = [item for item in cast(Row, value).values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 else value
+    if isinstance(value, list):
+        value = questions_in(cast(list[Any], value)) or cast(list[Any], value)
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {_kind(value)}.")
     items = cast(list[Any], value)
     rows = [_row(item, f"{path} row {number}") for number, item in enumerate(items, start=1)]
     return Table(rows, str(path))
+
+
+def _read_conll(path: Path) -> Table:
+    rows, lines = read_sentences(_read_text(path), str(path))
+    return Table(rows, str(path), lines)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -176,26 +185,36 @@ def _read_parquet(path: Path) -> Table:
 
 
 def name_classes(row: Row, names: Mapping[str, list[str]]) -> Row:
-    """Returns a row with the numbers of `ClassLabel` columns replaced by the classes' names."""
-    if not names:
-        return row
+    """Returns a row with the numbers of `ClassLabel` columns replaced by the classes' names.
+
+    So are the numbers in columns of lists of them.
+    """
     changed = {
-        column: classes[row[column]]
-        for column, classes in names.items()
-        if isinstance(row.get(column), int) and 0 <= row[column] < len(classes)
+        column: _named(row[column], classes) for column, classes in names.items() if column in row
     }
     return {**row, **changed}
+
+
+def _named(value: Any, classes: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(item, classes) for item in cast(list[Any], value)]
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
+
+
+def class_names(feature: Any) -> list[str] | None:
+    """Returns the names of a `ClassLabel`, or of a list of them, as `datasets` describes it."""
+    given = cast(Mapping[str, Any], feature).get if isinstance(feature, Mapping) else None
+    look = given or (lambda name: getattr(feature, name, None))
+    names, inner = look("names"), look("feature")
+    return list(names) if names else class_names(inner) if inner is not None else None
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     """Returns the class names that `datasets` keeps in a Parquet file's metadata."""
     kept = metadata.get(b"huggingface")
     features = json.loads(kept).get("info", {}).get("features", {}) if kept else {}
-    return {
-        column: list(feature["names"])
-        for column, feature in features.items()
-        if isinstance(feature, dict) and "names" in feature
-    }
+    found = {column: class_names(feature) for column, feature in features.items()}
+    return {column: names for column, names in found.items() if names}
 
 
 def _read_text(path: Path) -> str:
@@ -228,4 +247,5 @@ _READERS: dict[str, Callable[[Path], Table]] = {
     ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".conll": _read_conll,
 }

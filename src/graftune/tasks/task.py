@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from graftune.errors import SettingsError, nearest
+from graftune.errors import DataError, SettingsError, nearest
 from graftune.tasks.data import Example
+from graftune.tasks.models import LABELLED, NEW_HEADS
 from graftune.tasks.settings import Columns, TaskOptions
 from graftune.tasks.tables import Table
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from graftune.tasks.measured import Measured, Score
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Encoded:
     """Tokens of each example before it was cut."""
     notes: list[str] = field(default_factory=list[str])
     """What a user should know about the cutting."""
+    cut: int | None = None
+    """Examples that were cut; None: those longer than the limit."""
 
 
 class Task(Protocol):
@@ -67,6 +72,8 @@ class Task(Protocol):
     """The `data.columns` settings that it knows."""
     picks: ClassVar[bool] = False
     """Whether an answer is one of given labels, so that all answers are measured."""
+    answers_all: ClassVar[bool] = False
+    """Whether it is measured by its answers to all rows, labels or none."""
     options_type: ClassVar[type[TaskOptions]] = TaskOptions
     """Its own settings. A task that has some takes them when it is made."""
 
@@ -78,7 +85,12 @@ class Task(Protocol):
     @property
     def new_head(self) -> bool:
         """Whether a head for its labels is added to the base, which alone can't answer then."""
-        return self.model_task == "classification"
+        return self.model_task in NEW_HEADS
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether a new head can start where a linear probe of texts or of their words ends."""
+        return self.model_task in LABELLED
 
     @property
     def has_own_forward(self) -> bool:
@@ -131,11 +143,50 @@ class Task(Protocol):
         """Returns the metrics of the summaries `(examples, …)` of all batches."""
         ...
 
+    def scorer(self, examples: Sequence[Example], encoded: Encoded, ready: Ready) -> Score:
+        """Returns what makes metrics of all batches' summaries and labels, in the rows' order.
+
+        `score` by itself, unless it needs the examples that the tensors were made of.
+        """
+        return self.score
+
     def answer(
         self, examples: Sequence[Example], ready: Ready, *, batch_size: int, max_new_tokens: int
     ) -> list[dict[str, Any]]:
         """Returns the model's answer to each example, as plain values."""
         ...
+
+    def measure(
+        self,
+        examples: Sequence[Example],
+        answers: Sequence[Mapping[str, Any]],
+        labels: Sequence[str],
+    ) -> Measured:
+        """Returns the metrics of answers to examples whose right answers are known."""
+        from graftune.tasks.measured import measure_labels
+
+        return measure_labels(self.score, labels, examples, answers)
+
+    def truth(self, example: Example) -> dict[str, Any]:
+        """Returns what is written beside an example's answer, to compare it with."""
+        return {"true": example.stratum} if example.stratum else example.fields
+
+    def remarks(self, examples: Sequence[Example]) -> list[str]:
+        """Returns what a user should know about a split's rows, a sentence each."""
+        return []
+
+    def check_known(self, examples: Sequence[Example], labels: Sequence[str]) -> None:
+        """Checks that rows have only labels that a run was trained on.
+
+        Raises:
+            DataError: One has another.
+        """
+        for example in examples:
+            if labels and example.stratum not in labels:
+                raise DataError(
+                    f'{example.where}: the label "{example.stratum}" is not one that the run was '
+                    f"trained on.{nearest(example.stratum, labels)}"
+                )
 
 
 T = TypeVar("T", bound="type[Task]")
@@ -161,6 +212,8 @@ def tasks() -> dict[str, type[Task]]:
         "instruct",
         "choices",
         "multitask",
+        "labelling",
+        "spans",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

@@ -15,8 +15,9 @@ from graftune.errors import SettingsError
 from graftune.tasks import beside, dropping, starting, workspace
 from graftune.tasks.data import Example, Loaded, load
 from graftune.tasks.fitting import Fitted, fit, total_steps
+from graftune.tasks.measured import Measured
 from graftune.tasks.models import load_base
-from graftune.tasks.predicting import Measured, answer, measure_answers, measure_logits
+from graftune.tasks.predicting import answer, measure_logits
 from graftune.tasks.resolving import length_limit, method_of, precision, resolved
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
@@ -137,7 +138,7 @@ class TrainingRun:
         beside.attach(ready.model, beside.keep(others, run_dir))
         encoded = self._encoded(ready)
         trained = time.monotonic()
-        if self.task.new_head and self.settings.train.head_start:
+        if self.task.starts_head and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
         adapter = self._attach(ready, encoded, start)
         fitted = self._fit(ready, encoded, run_dir, resume)
@@ -200,7 +201,7 @@ class TrainingRun:
         base = load_base(
             self.settings.base,
             self.task.model_task,
-            labels=self.labels if self.task.new_head else None,
+            labels=(self.labels or None) if self.task.new_head else None,
             dtype=precision(self.settings),
             seed=self.settings.train.seed,
             note=self._note,
@@ -245,7 +246,8 @@ class TrainingRun:
             lengths = np.array(found[split].lengths)
             middle, high, most = np.percentile(lengths, [50, 90, 100], method="nearest")
             report.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
-            report.cut[split] = int((lengths > ready.max_length).sum())
+            cut = found[split].cut
+            report.cut[split] = int((lengths > ready.max_length).sum()) if cut is None else cut
             for note in found[split].notes:
                 self._note(f"{split.capitalize()}: {note}")
         return found
@@ -253,13 +255,15 @@ class TrainingRun:
     def _fit(
         self, ready: Ready, encoded: Mapping[str, Encoded], run_dir: Path, resume: bool
     ) -> Fitted:
-        validation = encoded.get("validation", Encoded()).features
+        validation = encoded.get("validation", Encoded())
+        examples = self.data.splits.get("validation", [])
         return fit(
             ready,
             self.task,
             self.settings,
             encoded["train"].features,
-            validation,
+            validation.features,
+            score=self.task.scorer(examples, validation, ready),
             run_dir=run_dir,
             watcher=self.watcher,
             plan=self._announcement(ready, run_dir),
@@ -303,32 +307,34 @@ class TrainingRun:
         if not examples:
             return Measured({}, [])
         size = 2 * (self.settings.train.batch_size or 1)
-        if self.labels:
+        if self.labels or self.task.answers_all:
             began = time.monotonic()
             answers = answer(self.task, ready, examples, size)
-            self._count(examples, encoded["test"].lengths, time.monotonic() - began, ready)
+            self._count(examples, encoded["test"], time.monotonic() - began, ready)
             self._write_answers(examples, answers, run_dir)
-            return measure_answers(self.task, self.labels, examples, answers)
+            return self.task.measure(examples, answers, self.labels)
         shown = [self.task.question(one.fields, one.where) for one in examples[:SHOWN_ANSWERS]]
         room = min(LONGEST_ANSWER, ready.max_length // 2)
         began = time.monotonic()
         answers = answer(self.task, ready, shown, size, room)
-        self._count(shown, encoded["test"].lengths, time.monotonic() - began, ready)
+        self._count(shown, encoded["test"], time.monotonic() - began, ready)
         self._write_answers(examples, answers, run_dir)
         return measure_logits(self.task, ready, encoded["test"].features, size)
 
     def _count(
-        self, answered: Sequence[Example], lengths: Sequence[int], seconds: float, ready: Ready
+        self, answered: Sequence[Example], encoded: Encoded, seconds: float, ready: Ready
     ) -> None:
-        """Notes what predictions took; `lengths` are the test rows' tokens before they were cut."""
-        tokens = sum(min(length, ready.max_length) for length in lengths[: len(answered)])
+        """Notes what predictions took; `encoded` are the test rows."""
+        lengths = encoded.lengths[: len(answered)]
+        most = max(lengths) if encoded.cut == 0 else ready.max_length
+        tokens = sum(min(length, most) for length in lengths)
         self.costs |= {"rows": len(answered), "seconds": seconds, "tokens": tokens}
 
     def _write_answers(
         self, examples: Sequence[Example], answers: Sequence[Mapping[str, Any]], run_dir: Path
     ) -> None:
         rows = [
-            {**found, "true": example.stratum} if self.labels else {**found, **example.fields}
+            {**found, **self.task.truth(example)}
             for example, found in zip(examples, answers, strict=False)
         ]
         workspace.write_lines(run_dir / workspace.PREDICTIONS, rows)
@@ -354,6 +360,7 @@ class TrainingRun:
             history=fitted.history,
             metrics={split: found for split, found in metrics.items() if found},
             confusion=measured.confusion,
+            classes=measured.classes,
             labels=self.labels,
             parameters=summary(ready.model).to_dict(),
             adapter_bytes=workspace.size_of(run_dir / workspace.ADAPTER),

@@ -32,7 +32,10 @@ Rows = list[tuple[str, str]]
 MOST_SAMPLES = 12
 """Generated answers shown, from the first of the test set."""
 
-_ANSWERS = (("before", "the base"), ("answer", "with the adapter"), ("expected", "expected"))
+_ANSWERS = (
+    *(("before", "the base"), ("answer", "with the adapter"), ("expected", "expected")),
+    ("true", "expected"),
+)
 _NOT_METRICS = ("loss", "runtime", "per_second", "time", "epoch", "rows", "confusion")
 
 
@@ -89,7 +92,9 @@ def run_view(run: Run) -> RunView:
         charts=_break_even(run) + _charts(run) + _heat_maps(run),
         labels=labels,
         matrix=cells(matrix, labels) if 0 < len(labels) <= MOST_CLASSES and matrix else [],
-        classes=class_rows(matrix, labels) if matrix else [],
+        classes=class_rows(matrix, labels)
+        if matrix
+        else [ClassRow(**row) for row in run.get("classes") or ()],
         confusions=worst_confusions(matrix, labels, run.get("predictions") or ()),
         samples=_samples(run),
         parameters=_parameters(run),
@@ -302,15 +307,21 @@ def _samples(run: Run) -> list[Sample]:
     return [
         Sample(
             _question(row),
-            [(name, str(row[key])) for key, name in _ANSWERS if row.get(key)],
+            [(name, _said(row[key])) for key, name in _ANSWERS if row.get(key)],
         )
         for row in rows[:MOST_SAMPLES]
     ]
 
 
+def _said(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _question(row: Mapping[str, Any]) -> str:
     asked = [turn for turn in row.get("messages") or () if turn.get("role") == "user"]
-    return str(asked[-1]["content"]) if asked else str(row.get("instruction") or "")
+    if asked:
+        return str(asked[-1]["content"])
+    return str(row.get("question") or row.get("instruction") or "")
 
 
 def _parameters(run: Run) -> Rows:

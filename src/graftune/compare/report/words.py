@@ -10,18 +10,30 @@ METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
     "mcc": "Matthews correlation",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "exact_match": "exact match",
+    "f1": "F1",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
     "loss": "loss",
 }
 """How a metric is called in text; a metric that isn't here is called by its key."""
 
-SHARES = frozenset({"accuracy", "macro_f1", "token_accuracy", "exact_match", "house_style"})
+SHARES = frozenset(
+    {
+        *("accuracy", "macro_f1", "token_accuracy", "exact_match", "house_style"),
+        *("entity_f1", "entity_precision", "entity_recall", "f1"),
+    }
+)
 """Metrics between 0 and 1 that read best as per cent."""
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
-MAIN_METRICS = ("accuracy", "house_style", "token_accuracy", "perplexity", "loss")
+MAIN_METRICS = (
+    *("accuracy", "house_style", "entity_f1", "f1", "token_accuracy", "perplexity", "loss"),
+)
 """The metric a run is judged by: the first of these that it has."""
 
 
