@@ -28,6 +28,7 @@ from graftune.training.arguments import training_args
 from graftune.training.diagnosis import first_nonfinite, nonfinite_gradient
 from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
 from graftune.training.steps import Interruption, Steps, penalty_of, trainable
+from graftune.training.trunk_cache import Trunk
 
 _Base = transformers.Trainer if TYPE_CHECKING else object
 _BY_LENGTH = ("random", "group_by_length")
@@ -46,9 +47,10 @@ class TrainerMixin(_Base):
         on_interrupt: Callable[[Path | None], None] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         head_lr: float | None = None,
+        trunk_cache: str | Path | bool | None = None,
         **settings: Any,
     ) -> None:
-        """Takes what the Trainer takes, and four settings more.
+        """Takes what the Trainer takes, and five settings more.
 
         Args:
             model: a model with adapters attached (or without: then it trains what it would).
@@ -60,8 +62,11 @@ class TrainerMixin(_Base):
             forward: gives a batch's outputs, among them "loss", a mean over its examples; else the
                 model itself does.
             head_lr: learning rate of heads that train with the adapters; None: `learning_rate`.
+            trunk_cache: a folder to keep what the model computes below what trains, which later
+                epochs are fed with; dropout below is off. True: one that goes when training ends.
             settings: the Trainer's further settings, by name.
         """
+        self.trunk_cache, self._trunk = trunk_cache, Trunk()
         self.group_by_length = group_by_length
         self.on_interrupt = on_interrupt
         self.forward, self.head_lr = forward, head_lr
@@ -77,6 +82,11 @@ class TrainerMixin(_Base):
             data_collator = _padding(model, settings.get("train_dataset"))
         super().__init__(model, args, data_collator, *rest, **settings)
         self.add_callback(Steps(self))
+
+    @property
+    def trunk_summary(self) -> str | None:
+        """What the trunk cache saved in the last training, in a sentence; None without one."""
+        return self._trunk.summary
 
     def training_adapters(self) -> list[Adapter]:
         """Returns the attached adapters that train."""
@@ -103,7 +113,9 @@ class TrainerMixin(_Base):
             found = checkpoints.find_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")
             resume_from_checkpoint = str(found)
         try:
-            with self.interruption.listening():
+            self._trunk.check(self.trunk_cache, self.forward)
+            kept = self._trunk.kept_for(_unwrapped(self), self.trunk_cache, self.args.output_dir)
+            with kept, self.interruption.listening():
                 result = super().train(resume_from_checkpoint, *rest, **settings)
             if self.interruption.asked:
                 raise KeyboardInterrupt
@@ -138,7 +150,8 @@ class TrainerMixin(_Base):
         """Returns the model's loss plus the methods' penalties in training (with the outputs)."""
         result: Any
         if self.forward is None:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._trunk.passing(inputs):
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             outputs = self.forward(model, inputs)
             result = (outputs["loss"], outputs) if return_outputs else outputs["loss"]

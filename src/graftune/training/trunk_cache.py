@@ -1,0 +1,367 @@
+"""The trunk cache: what lies below the lowest trained thing is computed once, not in every epoch.
+
+    first time      row -> E -> block 1 .. block c -> h       h is kept, by the row's content
+    later           row -> E ------------------------> h      blocks 1 .. c are passed over
+
+Ladder Side-Tuning needs what leaves every block; adapters in the top blocks, and heads alone, what
+leaves the last block below them. Embeddings, masks and rotations are computed as always.
+
+Rows go by their tokens and where they stand, not by the padding around them: what is kept was
+computed in the batch that had the row first, and a batch of another shape may round otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftune.anatomy.modules import is_in, parent, within
+from graftune.attached import Grafts, plain_model, state_of
+from graftune.errors import TrainingError
+from graftune.sites.base import TrunkDelta, base_modules
+from graftune.sites.placing import block_of
+from graftune.training.trunk_store import TrunkStore
+
+LIMIT = 16 * 2**30
+"""Bytes that a cache may take on disk, if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is passed over: blocks of each stack, by path, and which of their answers are kept."""
+
+    stacks: tuple[tuple[str, ...], ...]
+    keeps_all: bool
+    """Whether each block's answer is kept; else the last one's."""
+
+    @property
+    def kept(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the blocks whose answers are kept, of each stack."""
+        return tuple(stack if self.keeps_all else stack[-1:] for stack in self.stacks)
+
+
+class TrunkCache:
+    """Keeps and feeds the hidden states of one model's rows.
+
+        cache = TrunkCache(model, "cache")
+        with cache.passing(batch):
+            loss = model(**batch).loss
+
+    Args:
+        model: with the adapters active that will train.
+        folder: where to keep them; a folder below it is of this model, cut and dtype alone.
+        dtype: "exact", the model's own; or "float16", half the bytes of float32.
+        limit: bytes that it may take on disk; None for no limit.
+        still: keep what is below the cut from dropping out, so that it can be kept.
+
+    Raises:
+        TrainingError: what the model computes below what trains isn't the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        dtype: str = "exact",
+        limit: int | None = LIMIT,
+        *,
+        still: bool = False,
+    ) -> None:
+        if dtype not in ("exact", "float16"):
+            raise TrainingError(f'trunk cache: dtype is "{dtype}", expected exact or float16.')
+        self.model = plain_model(model)
+        found = cut_of(self.model, still=still)
+        if isinstance(found, str):
+            raise TrainingError(f"No trunk cache: {found}.")
+        self.cut = found
+        own = next(p for p in self.model.parameters() if p.is_floating_point()).dtype
+        kept = own if dtype == "exact" else torch.float16
+        name = _fingerprint(self.model, found, kept)
+        self.store = TrunkStore(Path(folder) / name[:16], kept, limit)
+        self.rows = self.hits = 0
+        self._forms: dict[str, int] = {}
+        """How many values each block answers: 0 for a tensor alone. Known after the first pass."""
+
+    def summary(self) -> str:
+        """Returns a sentence that says what it saved."""
+        more = f"; no more is kept, since {self.store.why_not}" if self.store.why_not else ""
+        blocks = sum(map(len, self.cut.stacks))
+        return (
+            f"{self.hits:,} of {self.rows:,} rows were fed from the trunk cache "
+            f"({self.store.bytes / 2**20:.1f} MiB), past {blocks} blocks{more}."
+        )
+
+    @contextlib.contextmanager
+    def passing(self, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Feeds the batch's pass inside the block if every row is known; else keeps its rows."""
+        masks = _masks(self.model, batch, len(self.cut.stacks))
+        keys = _keys(batch, masks)
+        self.rows += len(keys)
+        found = [self.store.get(key) for key in keys] if self._forms else [None]
+        known = [one for one in found if one is not None]
+        if len(known) == len(found):
+            self.hits += len(keys)
+            with self._fed(_padded(known, masks)):
+                yield
+            return
+        seen: dict[str, Tensor] = {}
+        moving = [m for m in self._below() if m.training]
+        for module in moving:
+            module.training = False
+        handles = [
+            self.model.get_submodule(path).register_forward_hook(_Keeper(seen, self._forms, path))
+            for stack in self.cut.stacks
+            for path in stack
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in moving:
+                module.training = True
+        self._keep(keys, masks, seen)
+
+    def _below(self) -> Iterator[nn.Module]:
+        """Yields the modules whose dropout would change what is kept, embeddings among them."""
+        inside = tuple(block.path for block in state_of(self.model).anatomy.blocks)
+        for stack in self.cut.stacks:
+            for path in stack:
+                yield from self.model.get_submodule(path).modules()
+            body = parent(stack[0])
+            while body and not hasattr(self.model.get_submodule(body), "save_pretrained"):
+                body = parent(body)
+            for path, module in base_modules(self.model).items():
+                if within(path, body) and not is_in(path, inside) and not list(module.children()):
+                    yield module
+
+    def _keep(self, keys: list[str], masks: list[Tensor | None], seen: dict[str, Tensor]) -> None:
+        stacks = [torch.stack([seen[path] for path in stack], 1) for stack in self.cut.kept]
+        for row, key in enumerate(keys):
+            self.store.put(
+                key,
+                [
+                    states[row] if mask is None else states[row][:, mask[row]]
+                    for states, mask in zip(stacks, masks, strict=True)
+                ],
+            )
+
+    @contextlib.contextmanager
+    def _fed(self, states: list[Tensor]) -> Iterator[None]:
+        """Lets blocks below the cut answer what is kept inside the block."""
+        device = next(self.model.parameters()).device
+        fed: list[nn.Module] = []
+        for stack, kept, every in zip(self.cut.stacks, self.cut.kept, states, strict=True):
+            own = next(self.model.get_submodule(stack[0]).parameters()).dtype
+            answers = dict(zip(kept, every.to(device, own).unbind(1), strict=True))
+            for path in stack:
+                block = self.model.get_submodule(path)
+                block.__dict__["forward"] = _Fed(answers.get(path), self._forms[path])
+                fed.append(block)
+        try:
+            yield
+        finally:
+            for block in fed:
+                block.__dict__.pop("forward", None)
+
+
+class _Keeper:
+    """A hook that notes what a block answers, and in what form; gone when the pass is."""
+
+    def __init__(self, seen: dict[str, Tensor], forms: dict[str, int], path: str) -> None:
+        self.seen, self.forms, self.path = seen, forms, path
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+        alone = isinstance(output, Tensor)
+        self.forms[self.path] = 0 if alone else len(output)
+        self.seen[self.path] = (output if alone else output[0]).detach()
+
+
+class _Fed:
+    """Stands for a block's forward: answers what is kept, or what it is given."""
+
+    def __init__(self, answer: Tensor | None, form: int) -> None:
+        self.answer, self.form = answer, form
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        answer = given if self.answer is None else self.answer
+        return (answer, *[None] * (self.form - 1)) if self.form else answer
+
+
+def cut_of(model: nn.Module, *, still: bool = False) -> Cut | str:
+    """Returns what can be passed over in training, or why nothing can.
+
+    Args:
+        model: with the adapters active that will train.
+        still: whether nothing below the cut is to drop out.
+    """
+    state: Grafts = state_of(model)
+    names = [n for n in state.active.current().names if n in state.adapters]
+    if not names:
+        return "no adapter is active"
+    sides = 0
+    lowest = state.anatomy.depth
+    for name in names:
+        adapter = state.adapters[name]
+        for graft in adapter.grafts:
+            if isinstance(graft.delta, TrunkDelta):
+                sides += 1
+                if graft.delta.trunk_dropout:
+                    return f'"{name}" lets the trunk drop out (trunk_dropout)'
+            elif not is_in(graft.place.module, adapter.head_names):
+                layer = block_of(graft.place.module, state.anatomy.positions)
+                if layer is None:
+                    return f'"{name}" acts at {graft.place.module or "the model"}, below the blocks'
+                lowest = min(lowest, layer)
+    stacks = state.anatomy.stacks
+    if lowest == 0:
+        return "an adapter acts in the lowest block"
+    if sides:
+        if lowest < state.anatomy.depth:
+            return "another adapter acts in the trunk beside the side network"
+        return Cut(tuple(tuple(b.path for b in stack.blocks) for stack in stacks), True)
+    if len(stacks) != 1:
+        return "of models with several stacks only those beside a side network are kept"
+    rates = [] if still else _dropouts(model)
+    if rates:
+        return f"the blocks drop out in training ({', '.join(rates)}), each time otherwise"
+    return Cut((tuple(b.path for b in stacks[0].blocks[:lowest]),), False)
+
+
+def _dropouts(model: nn.Module) -> list[str]:
+    """Returns the rates of dropout that a model is configured with, other than heads'."""
+    config: Any = getattr(model, "config", None)
+    plain: dict[str, Any] = config.to_dict() if config is not None else {}
+    return [
+        f"{name}={value:g}"
+        for name, value in plain.items()
+        if "drop" in name and isinstance(value, float) and value and "classifier" not in name
+    ]
+
+
+def _masks(model: nn.Module, batch: Mapping[str, Any], stacks: int) -> list[Tensor | None]:
+    """Returns which positions hold a row's own tokens, `(B, T)`, of each stack; None for all."""
+    first = batch.get("attention_mask")
+    found = [None if first is None or first.ndim != 2 else first.bool()]
+    if stacks == 2:
+        later = batch.get("decoder_attention_mask")
+        labels = batch.get("labels")
+        if later is None and isinstance(labels, Tensor) and labels.ndim == 2:
+            later = _up_to_last(labels != -100)
+        found.append(None if later is None else later.bool())
+    return found
+
+
+def _up_to_last(told: Tensor) -> Tensor:
+    """Returns a mask that is true up to the last true place of each row."""
+    return told.flip(1).cumsum(1).flip(1) > 0
+
+
+def _keys(batch: Mapping[str, Any], masks: list[Tensor | None]) -> list[str]:
+    """Returns what tells each row from others: its inputs where it has tokens, and where they are.
+
+    Labels are one of them where a decoder reads them.
+    """
+    rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    reads_labels = len(masks) == 2
+    keys: list[str] = []
+    for row in range(rows):
+        digest = hashlib.sha256()
+        for name in sorted(batch):
+            value = batch[name]
+            if not isinstance(value, Tensor) or value.shape[:1] != (rows,):
+                continue
+            if name == "labels" and not reads_labels:
+                continue
+            own, mask = value[row].detach().cpu(), masks[0]
+            late = masks[-1] if reads_labels and ("decoder" in name or name == "labels") else mask
+            if late is not None and own.ndim == 1 and len(own) == late.shape[1]:
+                at = late[row].cpu()
+                own = own[at]
+                if "position_ids" not in batch:
+                    digest.update(str(int(at.int().argmax())).encode())
+            digest.update(f"{name}{tuple(own.shape)}{own.dtype}".encode())
+            digest.update(own.contiguous().view(torch.uint8).numpy().tobytes() if own.ndim else b"")
+        keys.append(digest.hexdigest()[:32])
+    return keys
+
+
+def _padded(rows: list[list[Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
+    """Returns each stack's states of a batch, `(B, kept, T, width)`; zeros stand for padding."""
+    found: list[Tensor] = []
+    for stack, mask in enumerate(masks):
+        own = [row[stack] for row in rows]
+        if mask is None:
+            found.append(torch.stack(own))
+            continue
+        kept, _, width = own[0].shape
+        whole = own[0].new_zeros(len(own), mask.shape[1], kept, width)
+        whole[mask.cpu()] = torch.cat([states.transpose(0, 1) for states in own])
+        found.append(whole.transpose(1, 2))
+    return found
+
+
+def _fingerprint(model: nn.Module, cut: Cut, dtype: torch.dtype) -> str:
+    """Returns what tells a model, where it is cut and how it is kept from others."""
+    config: Any = getattr(model, "config", None)
+    digest = hashlib.sha256(type(model).__name__.encode())
+    said = config.to_dict() if config is not None else {}
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    digest.update(f"{cut}{dtype}{getattr(config, '_attn_implementation', '')}".encode())
+    for path, module in base_modules(model).items():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                digest.update(f"{path}.{name}".encode())
+                raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+                digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Trunk:
+    """The trunk cache of a Trainer, while it trains."""
+
+    def __init__(self) -> None:
+        self.cache: TrunkCache | None = None
+        self.summary: str | None = None
+
+    @staticmethod
+    def check(asked: str | Path | bool | None, forward: Any) -> None:
+        """Raises TrainingError if batches aren't what the model is called with."""
+        if asked and forward is not None:
+            raise TrainingError(
+                "trunk_cache goes by a batch's rows, but `forward` may call the model with others: "
+                "leave out one of them."
+            )
+
+    @contextlib.contextmanager
+    def kept_for(
+        self, model: nn.Module, asked: str | Path | bool | None, output_dir: str | None
+    ) -> Iterator[None]:
+        """Keeps a model's states inside the block; for good if a folder is asked for."""
+        if not asked:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            folder = Path(output_dir or ".") / "trunk_cache" if asked is True else Path(asked)
+            if asked is True:
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            self.cache = TrunkCache(model, folder, still=True)
+            stack.callback(self.cache.store.close)
+            try:
+                yield
+            finally:
+                self.summary, self.cache = self.cache.summary(), None
+
+    def passing(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Returns what a pass of a batch runs in."""
+        return contextlib.nullcontext() if self.cache is None else self.cache.passing(batch)
