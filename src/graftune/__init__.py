@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from graftune.methods.vera import VeRA
     from graftune.prefixing import as_prefix
     from graftune.training import AdapterCallback, Trainer
+    from graftune.training.trunk_cache import TrunkCache
     from graftune.voting import vote
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
     "Rows": "composition",
     "Stack": "composition",
     "Trainer": "training",
+    "TrunkCache": "training.trunk_cache",
     "activate": "adapter",
     "adapters": "adapter",
     "as_prefix": "prefixing",
@@ -133,6 +135,7 @@ __all__ = [
     "Selective",
     "Stack",
     "Trainer",
+    "TrunkCache",
     "UniPELT",
     "UnifiedAdapter",
     "Union",

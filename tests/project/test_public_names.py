@@ -49,6 +49,7 @@ PUBLIC = [
     "Selective",
     "Stack",
     "Trainer",
+    "TrunkCache",
     "UniPELT",
     "UnifiedAdapter",
     "Union",

@@ -18,6 +18,7 @@ from graftune.tasks.task import Ready, Task
 from graftune.training.arguments import training_args
 from graftune.training.checkpoints import last_checkpoint
 from graftune.training.trainer import Trainer
+from graftune.training.trunk_cache import cut_of
 
 LOGGED_STEPS = 100
 """About how often in a run the loss is logged."""
@@ -34,6 +35,8 @@ class Fitted:
     """The logged rows."""
     validation: dict[str, float]
     """The validation metrics of the weights that the run ends with; {} without validation."""
+    trunk: str | None = None
+    """What the trunk cache saved, in a sentence; None without one."""
 
 
 def total_steps(settings: RunSettings, rows: int) -> int:
@@ -65,6 +68,7 @@ def fit(
         KeyboardInterrupt: After Ctrl-C, once a checkpoint is written.
     """
     folder = run_dir / "checkpoints"
+    cached = _caches_trunk(ready, task, settings, len(train))
     trainer = Trainer(
         model=ready.model,
         args=training_args(str(folder), **_arguments(settings, len(train), bool(validation))),
@@ -76,12 +80,23 @@ def fit(
         preprocess_logits_for_metrics=_summaries(task),
         group_by_length=settings.train.group_by_length,
         head_lr=settings.train.head_lr,
+        trunk_cache=cached,
         callbacks=_callbacks(settings, watcher, run_dir, plan),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     found = _validated(trainer, settings) if validation else {}
-    return Fitted(history(trainer.state.log_history), found)
+    return Fitted(history(trainer.state.log_history), found, trainer.trunk_summary)
+
+
+def _caches_trunk(ready: Ready, task: Task, settings: RunSettings, rows: int) -> bool:
+    """Whether to keep what the base computes: as asked, or where it is read again and exact."""
+    train = settings.train
+    if train.trunk_cache is not None:
+        return train.trunk_cache
+    read = total_steps(settings, rows) * (train.batch_size or 1) * train.accumulation
+    is_still = settings.train.drop == 0 and not task.has_own_forward
+    return read > rows and is_still and not isinstance(cut_of(ready.model), str)
 
 
 def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, Any]:

@@ -137,6 +137,9 @@ class TrainSettings(_Section):
     """Type of the base's weights; auto: bfloat16 on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
+    trunk_cache: bool | None = None
+    """Compute what lies below all that trains once, and keep it on disk while it trains. Default:
+    where that changes nothing; true: also where the blocks drop out below, which is then off."""
     drop: int | tuple[int, int] = 0
     """Lowest blocks left without adapters (AdapterDrop): so many, always; or [low, high], a number
     drawn in every training pass, and none otherwise."""

@@ -142,6 +142,8 @@ class TrainingRun:
             self._start_head(ready, fresh, encoded)
         adapter = self._attach(ready, encoded, start)
         fitted = self._fit(ready, encoded, run_dir, resume)
+        if fitted.trunk is not None:
+            self._note(fitted.trunk)
         if not resume:  # else only a part of the training was seen
             self.costs["start_seconds"] = time.monotonic() - trained
         self._measure_attention(ready, encoded)

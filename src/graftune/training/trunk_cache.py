@@ -351,16 +351,15 @@ class Trunk:
         if not asked:
             yield
             return
-        with contextlib.ExitStack() as stack:
-            folder = Path(output_dir or ".") / "trunk_cache" if asked is True else Path(asked)
-            if asked is True:
-                stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            self.cache = TrunkCache(model, folder, still=True)
-            stack.callback(self.cache.store.close)
-            try:
-                yield
-            finally:
-                self.summary, self.cache = self.cache.summary(), None
+        folder = Path(output_dir or ".") / "trunk_cache" if asked is True else Path(asked)
+        self.cache = TrunkCache(model, folder, still=True)
+        try:
+            yield
+        finally:
+            self.cache.store.close()
+            self.summary, self.cache = self.cache.summary(), None
+        if asked is True:  # a run that was interrupted is resumed with it
+            shutil.rmtree(folder, ignore_errors=True)
 
     def passing(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
         """Returns what a pass of a batch runs in."""
