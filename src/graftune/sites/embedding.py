@@ -13,34 +13,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftune.composition import Mean, Steps, names_in
 from graftune.errors import AdapterError
 from graftune.sites import masks
-from graftune.sites.base import (
-    EmbeddingDelta,
-    EmbeddingPlace,
-    Graft,
-    Site,
-)
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft
 from graftune.sites.entrance import PositionTable
-from graftune.sites.kept import Kept, thread_id
+from graftune.sites.kept import thread_id
 from graftune.sites.marked import filled
-from graftune.sites.plan import RowsAt, joined, taken
+from graftune.sites.prompt_rows import PromptSite
 from graftune.sites.state import Active
-from graftune.sites.tasks import checked_tasks, tasks_of_rows
-from graftune.sites.woven import Woven
+from graftune.sites.woven import Woven, is_empty
 
 MARK = "_graftune_prompt"
-"""Attribute of a cache that holds a prompt: the prompt, and how many tokens it came in with."""
+"""Attribute of a cache that holds a prompt: how it came in, a `CameIn`."""
 
 
-class EmbeddingSite(Site):
+@dataclass(frozen=True, eq=False)
+class CameIn:
+    """How a prompt came in.
+
+    Attributes:
+        woven: the prompt.
+        length: how many tokens it came in with.
+        missed_first: whether it is to follow the first token, and a row was padding alone.
+    """
+
+    woven: Woven
+    length: int
+    missed_first: bool
+
+
+class EmbeddingSite(PromptSite):
     """Deltas on the sequence of embedded tokens.
 
     Args:
@@ -49,7 +57,6 @@ class EmbeddingSite(Site):
 
     def __init__(self, active: Active) -> None:
         super().__init__(active)
-        self.kept = Kept()
         self.arguments: tuple[str, ...] = ()
         """Names of what the body takes, in order."""
         self.reads: tuple[str, ...] = ()
@@ -125,13 +132,13 @@ class EmbeddingSite(Site):
         found = self.kept.pop(("woven", thread_id()), None)
         if found is None:
             return None
-        woven, at, length = found
+        came_in, at = found
         for value in _values(output):
             if hasattr(value, "get_seq_length"):
-                setattr(value, MARK, (woven, length))
+                setattr(value, MARK, came_in)
         if self.reads or self._keeps():
             return None
-        return shorter(host, output, woven, at, length)
+        return shorter(host, output, came_in.woven, at, came_in.length)
 
     def extend(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Lets a decoder's mask of what the encoder saw cover the prompt. A forward pre-hook.
@@ -156,10 +163,6 @@ class EmbeddingSite(Site):
             )
         at = woven.at(mask, len(mask), mask.device)
         return (), {**given, "encoder_attention_mask": woven.mask(mask, at)}
-
-    def _acts_now(self) -> bool:
-        plan = self.active.current()
-        return any(self.holds(steps) for steps, _ in plan.groups or ((plan.steps, ()),))
 
     def _marked(self, host: nn.Module, given: dict[str, Any], past: int) -> Tensor | None:
         """Returns the embedded tokens with virtual ones in markers' places; None without markers.
@@ -223,7 +226,8 @@ class EmbeddingSite(Site):
         positions = self._positions(given, ids, woven)
         if positions is not None:
             changed["position_ids"] = woven.positions(positions, at, mask)
-        self.kept["woven", thread_id()] = (woven, at, ids.shape[1])
+        missed = woven.is_after_first and mask is not None and bool(is_empty(mask).any())
+        self.kept["woven", thread_id()] = (CameIn(woven, ids.shape[1], missed), at)
         rest = {name: value for name, value in given.items() if name != "input_ids"}
         return {**rest, **changed}
 
@@ -251,12 +255,11 @@ class EmbeddingSite(Site):
             return None
         return torch.arange(start, start + ids.shape[1], device=ids.device)[None]
 
-    def _continued(self, given: dict[str, Any], mark: Any) -> dict[str, Any]:
+    def _continued(self, given: dict[str, Any], mark: CameIn | None) -> dict[str, Any]:
         """Returns the arguments of a pass that goes on with a cache which may hold a prompt."""
         if mark is None:
             return given
-        woven: Woven = mark[0]
-        first: int = mark[1]  # tokens that the prompt came in with
+        woven = mark.woven
         changed: dict[str, Any] = {}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         check_mask(mask)
@@ -265,12 +268,9 @@ class EmbeddingSite(Site):
         if mask is None and woven.lengths is not None:
             mask = ids.new_ones(len(ids), known + ids.shape[1])
         if mask is not None:
-            at = woven.at(mask, len(mask), mask.device, first)
-            if woven.is_after_first and bool((at != woven.at(mask, len(mask), mask.device)).any()):
-                raise AdapterError(
-                    f"A prompt after the first token can't follow it where a row's first {first} "
-                    "tokens are padding alone: generate with a larger prefill_chunk_size."
-                )
+            at = woven.at(mask, len(mask), mask.device, mark.length)
+            if mark.missed_first:
+                _check_first(mark, at, mask)
             changed["attention_mask"] = woven.mask(mask, at)
             masks.woven(given.get("attention_mask"), changed["attention_mask"])
         if positions is None and woven.lengths is not None:
@@ -278,94 +278,6 @@ class EmbeddingSite(Site):
         if positions is not None:
             changed["position_ids"] = woven.later(positions)
         return {**given, **changed}
-
-    def _woven(self, rows: int, device: torch.device, marker: int | None = None) -> Woven | None:
-        """Returns the active prompts of a batch, None for none.
-
-        Args:
-            rows: of the batch.
-            device: of the batch.
-            marker: which prompts: in the places of this token; None are those that lengthen rows.
-
-        Raises:
-            AdapterError: they can't act together.
-        """
-        plan = self.active.current()
-        given = self.kept.get(("tasks", thread_id()), plan.tasks)
-        tasks = tasks_of_rows(given, rows, device, plan.copies)
-        if plan.groups is None:
-            prompt = self._prompt(plan.steps, rows, tasks, marker)
-            is_after = self._is_after_first(plan.steps)
-            return None if prompt is None else Woven(prompt, None, is_after)
-        found: list[tuple[RowsAt, int, Tensor | None]] = []
-        for steps, at in self.mixed_rows(rows, device):
-            own = None if tasks is None else taken(tasks, at)
-            n = at.stop - at.start if isinstance(at, slice) else len(at)
-            found.append((at, n, self._prompt(steps, n, own, marker)))
-        some = [prompt for _, _, prompt in found if prompt is not None]
-        if not some:
-            return None
-        most = max(prompt.shape[1] for prompt in some)
-        after = self._is_after_first(tuple(step for steps, _ in plan.groups for step in steps))
-        prompts: list[tuple[RowsAt, Tensor]] = []
-        lengths: list[tuple[RowsAt, Tensor]] = []
-        for at, n, prompt in found:
-            own = some[0].new_zeros(n, 0, some[0].shape[2]) if prompt is None else prompt
-            prompts.append((at, F.pad(own, (0, 0, most - own.shape[1], 0))))
-            lengths.append((at, torch.full((n,), own.shape[1], device=device)))
-        differ = any(prompt is None or prompt.shape[1] < most for _, _, prompt in found)
-        return Woven(joined(prompts), joined(lengths) if differ else None, after)
-
-    def _prompt(
-        self, steps: Steps, rows: int, tasks: Tensor | None, marker: int | None
-    ) -> Tensor | None:
-        """Returns the virtual tokens of some steps one after the other, `(rows, m, width)`."""
-        parts: list[Tensor] = []
-        for step in steps:
-            if isinstance(step, str):
-                delta = self._modules.get(step)
-                if isinstance(delta, EmbeddingDelta) and delta.marker == marker:
-                    own = checked_tasks(tasks, delta.tasks, step) if delta.tasks else None
-                    parts.append(delta.prompt(own).expand(rows, -1, -1))
-            elif isinstance(step, Mean):
-                mean = self._mean(step, rows, tasks, marker)
-                parts += [] if mean is None else [mean]
-        return torch.cat(parts, dim=1) if parts else None
-
-    def _mean(
-        self, mean: Mean, rows: int, tasks: Tensor | None, marker: int | None
-    ) -> Tensor | None:
-        made = [(w, self._prompt(steps, rows, tasks, marker)) for w, steps in mean.branches]
-        lengths = [0 if prompt is None else prompt.shape[1] for _, prompt in made]
-        if len(set(lengths)) > 1:
-            raise AdapterError(
-                "Average takes prompts of one length, found members with "
-                f"{', '.join(map(str, lengths))} virtual tokens."
-            )
-        weighted = [weight * prompt for weight, prompt in made if prompt is not None]
-        return torch.stack(weighted).sum(0) if weighted else None
-
-    def _keeps(self) -> bool:
-        """Whether the active prompts stay in what the body answers."""
-        names = self.active.current().names
-        deltas: list[Any] = [self._modules[name] for name in names if name in self._modules]
-        found = {delta.stays for delta in deltas if delta.marker is None}
-        if len(found) > 1:
-            raise AdapterError(
-                "Prompts that act together must all stay in the answer, or none (stays=)."
-            )
-        return found.pop() if found else False
-
-    def _is_after_first(self, steps: Steps) -> bool:
-        names = [name for name in dict.fromkeys(names_in(steps)) if name in self._modules]
-        deltas: dict[str, Any] = {name: self._modules[name] for name in names}
-        found = {delta.is_after_first for delta in deltas.values() if delta.marker is None}
-        if len(found) > 1:
-            raise AdapterError(
-                f"The prompts {', '.join(names)} act together, so all must be in the same "
-                'position: "front" or "after-first".'
-            )
-        return found.pop() if found else False
 
 
 def _tokens(host: nn.Module, ids: Tensor) -> Tensor:
@@ -391,6 +303,16 @@ def _ids(given: dict[str, Any]) -> Tensor:
             "alone, or gt.activate(model, None)."
         )
     return ids
+
+
+def _check_first(came_in: CameIn, at: Tensor, mask: Tensor) -> None:
+    """Raises AdapterError if a row's first token came after the prompt that was to follow it."""
+    if bool((at != came_in.woven.at(mask, len(mask), mask.device)).any()):
+        raise AdapterError(
+            "A prompt after the first token can't follow it where a row's first "
+            f"{came_in.length} tokens are padding alone: generate with a larger "
+            "prefill_chunk_size."
+        )
 
 
 def check_mask(mask: Any) -> None:
