@@ -27,6 +27,7 @@ from graftune.sites.kept import thread_id
 from graftune.sites.marked import filled
 from graftune.sites.prompt_rows import PromptSite
 from graftune.sites.state import Active
+from graftune.sites.static_caches import MaskMaker, fitted, make_room
 from graftune.sites.woven import Woven, is_empty
 
 MARK = "_graftune_prompt"
@@ -64,6 +65,8 @@ class EmbeddingSite(PromptSite):
         self.table = PositionTable()
         self.reads_tasks = False
         """Whether `begin` is registered."""
+        self.maker: MaskMaker | None = None
+        """The model's own maker of masks, behind `masks_for_generate`."""
 
     def hook(self, host: nn.Module) -> None:
         """Registers `before` and `after`."""
@@ -80,6 +83,9 @@ class EmbeddingSite(PromptSite):
         assert isinstance(graft.delta, EmbeddingDelta)
         super().take(model, name, graft)
         self.extend_reader(model, graft.place)
+        if self.maker is None and "past_key_values" in self.arguments and not self.reads:
+            self.maker = MaskMaker(model, self.masks_for_generate)
+            self.handles.append(self.maker)
         if graft.delta.tasks and not self.reads_tasks:
             self.reads_tasks = True
             self.handles += [
@@ -93,6 +99,14 @@ class EmbeddingSite(PromptSite):
             decoder = model.get_submodule(place.reader)
             self.reads = tuple(inspect.signature(decoder.forward).parameters)
             self.handles.append(decoder.register_forward_pre_hook(self.extend, with_kwargs=True))
+
+    def masks_for_generate(self, **given: Any) -> Any:
+        """Returns what `generate` gives a model with a cache of fixed size for a mask."""
+        assert self.maker is not None
+        holds_prompt = hasattr(given.get("past_key_values"), MARK)
+        if holds_prompt or self._lengthens_now():
+            return given.get("attention_mask")
+        return self.maker.before(**given)
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Takes `task_ids` out of what the whole model is given. A forward pre-hook of it."""
@@ -205,6 +219,8 @@ class EmbeddingSite(PromptSite):
     ) -> dict[str, Any]:
         mask = given.get("attention_mask")
         check_mask(mask)
+        cache = given.get("past_key_values")
+        make_room(cache, host.config, woven.most)
         at = woven.at(mask, len(ids), ids.device)
         tokens = _tokens(host, ids) if tokens is None else tokens
         changed: dict[str, Any] = {"inputs_embeds": woven.into(woven.prompt, tokens, at)}
@@ -217,7 +233,7 @@ class EmbeddingSite(PromptSite):
         if mask is None and woven.lengths is not None:
             mask = torch.ones_like(ids)
         if mask is not None:
-            changed["attention_mask"] = woven.mask(mask, at)
+            changed["attention_mask"] = self._mask(woven.mask(mask, at), cache)
             masks.woven(given.get("attention_mask"), changed["attention_mask"])
         types = given.get("token_type_ids")
         if types is not None:
@@ -230,6 +246,10 @@ class EmbeddingSite(PromptSite):
         self.kept["woven", thread_id()] = (CameIn(woven, ids.shape[1], missed), at)
         rest = {name: value for name, value in given.items() if name != "input_ids"}
         return {**rest, **changed}
+
+    def _mask(self, mask: Tensor, cache: Any) -> Tensor:
+        """Returns a mask of a cache's length, unless the body counts tokens in it."""
+        return mask if self.table.is_from_mask else fitted(mask, cache)
 
     def _positions(self, given: dict[str, Any], ids: Tensor, woven: Woven) -> Tensor | None:
         """Returns the positions that the base gives its tokens, None where it finds them itself."""
@@ -271,7 +291,7 @@ class EmbeddingSite(PromptSite):
             at = woven.at(mask, len(mask), mask.device, mark.length)
             if mark.missed_first:
                 _check_first(mark, at, mask)
-            changed["attention_mask"] = woven.mask(mask, at)
+            changed["attention_mask"] = self._mask(woven.mask(mask, at), given["past_key_values"])
             masks.woven(given.get("attention_mask"), changed["attention_mask"])
         if positions is None and woven.lengths is not None:
             positions = self._counted(known, ids)
@@ -320,8 +340,8 @@ def check_mask(mask: Any) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise AdapterError(
-            f"A prompt takes an attention_mask of (rows, tokens), found {found}; static caches "
-            'make such masks, so generate with cache_implementation="dynamic".'
+            f"A prompt takes an attention_mask of (rows, tokens), found {found}; pass "
+            "the mask of tokens, or none."
         )
 
 

@@ -37,6 +37,10 @@ class PromptSite(Site):
         plan = self.active.current()
         return any(self.holds(steps) for steps, _ in plan.groups or ((plan.steps, ()),))
 
+    def _lengthens_now(self) -> bool:
+        names = self.active.current().names
+        return any(getattr(self._modules.get(name), "marker", 0) is None for name in names)
+
     def _woven(self, rows: int, device: torch.device, marker: int | None = None) -> Woven | None:
         """Returns the active prompts of a batch, None for none.
 
