@@ -55,6 +55,7 @@ class PromptTuning(SoftPrompt):
 
     def check(self) -> None:
         """See `Method.check`."""
+        super().check()
         self._check_number("length", 1)
         self._check_choice("init", ("vocabulary", "random", "text", "class_labels"))
         if self.position is not None:
@@ -80,19 +81,22 @@ class PromptTuning(SoftPrompt):
         """
         if self._is_hidden(anatomy):
             return [self.placed(self._hidden(model, anatomy, empty), anatomy)]
-        found = PromptPlace.of(self.name, model, anatomy, self.position)
-        found.check_room(self.name, model, self.length)
+        found = self.places(model, anatomy, self.position)
+        for place in found:
+            place.check_room(self.name, model, self.length)
+        return [self.placed(self._graft(place, empty), anatomy) for place in found]
+
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: m d, twice where both stacks have a prompt."""
+        if self._is_hidden(anatomy):
+            return self.length * anatomy.blocks[0].width
+        return sum(self.length * place.width for place in self.places(model, anatomy))
+
+    def _graft(self, found: PromptPlace, empty: bool) -> Graft:
         start = found.empty(self.length, found.width)
         if not empty:
             start = self._start(found, start)
-        graft = Graft(found.place, self._delta(start, found.is_after_first, empty))
-        return [self.placed(graft, anatomy)]
-
-    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
-        """See `Method.count`: m d."""
-        if self._is_hidden(anatomy):
-            return self.length * anatomy.blocks[0].width
-        return self.length * PromptPlace.of(self.name, model, anatomy).width
+        return Graft(found.place, self._delta(start, found.is_after_first, empty))
 
     def _is_hidden(self, anatomy: Anatomy) -> bool:
         if not self.enters_blocks:
@@ -103,11 +107,17 @@ class PromptTuning(SoftPrompt):
 
     def _hidden(self, model: nn.Module, anatomy: Anatomy, empty: bool) -> Graft:
         """Returns the graft behind the embedding layer."""
+        if self.where is not None:
+            raise SettingsError(
+                f'{self.name}: where is "{self.where}", which is for encoder-decoders; this '
+                f"{type(model).__name__} has one stack."
+            )
         place = hidden_entrance(self.name, model, anatomy)
         host = model.get_submodule(place.embeddings)
         start = torch.empty(self.length, anatomy.blocks[0].width, **hosts.delta_options(host))
         if not empty and anatomy.stacks[0].kind != "vision":
-            start = self._start(PromptPlace.of(self.name, model, anatomy, self.position), start)
+            [found] = self.places(model, anatomy, self.position)
+            start = self._start(found, start)
         elif not empty:
             start.uniform_(-0.5, 0.5)
             if self.init_tokens:

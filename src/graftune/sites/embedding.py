@@ -63,6 +63,8 @@ class EmbeddingSite(PromptSite):
         self.reads: tuple[str, ...] = ()
         """Those of the decoder that attends to its answer; empty without one."""
         self.table = PositionTable()
+        self.stack: str | None = None
+        """The kind of the host's stack, of an encoder-decoder."""
         self.reads_tasks = False
         """Whether `begin` is registered."""
         self.maker: MaskMaker | None = None
@@ -82,6 +84,7 @@ class EmbeddingSite(PromptSite):
         assert isinstance(graft.place, EmbeddingPlace)
         assert isinstance(graft.delta, EmbeddingDelta)
         super().take(model, name, graft)
+        self.stack = graft.place.stack
         self.extend_reader(model, graft.place)
         if self.maker is None and "past_key_values" in self.arguments and not self.reads:
             self.maker = MaskMaker(model, self.masks_for_generate)
@@ -112,12 +115,12 @@ class EmbeddingSite(PromptSite):
         """Takes `task_ids` out of what the whole model is given. A forward pre-hook of it."""
         if "task_ids" not in kwargs:
             return None
-        self.kept["tasks", thread_id()] = kwargs["task_ids"]
+        self.active.given["tasks", thread_id()] = kwargs["task_ids"]
         return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forgets a pass's `task_ids`. A forward hook of the whole model."""
-        self.kept.pop(("tasks", thread_id()), None)
+        self.active.given.pop(("tasks", thread_id()), None)
 
     def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Puts the prompt into what the body is given. A forward pre-hook.
@@ -234,7 +237,7 @@ class EmbeddingSite(PromptSite):
             mask = torch.ones_like(ids)
         if mask is not None:
             changed["attention_mask"] = self._mask(woven.mask(mask, at), cache)
-            masks.woven(given.get("attention_mask"), changed["attention_mask"])
+            masks.woven(given.get("attention_mask"), changed["attention_mask"], self.stack)
         types = given.get("token_type_ids")
         if types is not None:
             none = types.new_zeros(len(ids), woven.most)
@@ -292,7 +295,7 @@ class EmbeddingSite(PromptSite):
             if mark.missed_first:
                 _check_first(mark, at, mask)
             changed["attention_mask"] = self._mask(woven.mask(mask, at), given["past_key_values"])
-            masks.woven(given.get("attention_mask"), changed["attention_mask"])
+            masks.woven(given.get("attention_mask"), changed["attention_mask"], self.stack)
         if positions is None and woven.lengths is not None:
             positions = self._counted(known, ids)
         if positions is not None:

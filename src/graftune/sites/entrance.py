@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from graftune.anatomy import Anatomy
+from graftune.anatomy import Anatomy, Stack
 from graftune.anatomy.modules import leaf, parent
 from graftune.errors import SettingsError
 from graftune.sites.base import EmbeddingPlace, HiddenPlace, base_modules
 
+_TEXT = ("encoder", "decoder")
 _POSITIONS = re.compile(r"position_?embeddings?|embed_positions|wpe")
 
 
@@ -44,26 +45,48 @@ class PositionTable:
         return cls(table.num_embeddings - first, padding, "attention_mask" in reads)
 
 
-def entrance(method: str, model: nn.Module, anatomy: Anatomy) -> EmbeddingPlace:
-    """Returns where a model's prompt goes: of an encoder-decoder, into the encoder.
+def entrances(
+    method: str, model: nn.Module, anatomy: Anatomy, where: str | None = None
+) -> list[EmbeddingPlace]:
+    """Returns where a model's prompts go.
+
+    Args:
+        method: whose errors they are.
+        model: the base.
+        anatomy: what it is made of.
+        where: of an encoder-decoder, "encoder", "decoder" or "both"; None is the encoder.
 
     Raises:
-        SettingsError: no module of it takes embeddings in place of ids.
+        SettingsError: no module there takes embeddings in place of ids, or it has one stack.
     """
-    stacks = anatomy.stacks
-    is_text = bool(stacks) and all(stack.kind in ("encoder", "decoder") for stack in stacks)
-    wanted = {"input_ids", "inputs_embeds"}
-    body = above(model, stacks[0].blocks[0].path, wanted) if is_text else None
-    if body is None:
+    bodies = {stack.kind: _body(model, stack) for stack in anatomy.stacks}
+    is_both = set(bodies) == {"encoder", "decoder"}
+    if where is not None and not is_both:
         raise SettingsError(
-            f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
-            "token ids (inputs_embeds), so it can't be given virtual tokens."
+            f'{method}: where is "{where}", which is for encoder-decoders; this '
+            f"{type(model).__name__} is made of {' and '.join(bodies) or 'no known stack'}."
         )
-    if len(stacks) == 1:
-        return EmbeddingPlace(body)
-    return EmbeddingPlace(
-        body, above(model, stacks[1].blocks[0].path, {"encoder_hidden_states", "inputs_embeds"})
-    )
+    first = next(iter(bodies), "")
+    kinds = ("encoder", "decoder") if where == "both" else (where or first,)
+    for kind in kinds:
+        if bodies.get(kind) is None:
+            has_other = is_both and kind == "encoder" and bodies["decoder"] is not None
+            raise SettingsError(
+                f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
+                "token ids (inputs_embeds), so it can't be given virtual tokens."
+                + (' Its decoder can: where="decoder".' if has_other else "")
+            )
+    found = [(kind, body) for kind in kinds if (body := bodies[kind]) is not None]
+    if not is_both:
+        return [EmbeddingPlace(body) for _, body in found]
+    readers = {"encoder": bodies["decoder"]}
+    return [EmbeddingPlace(body, readers.get(kind), kind) for kind, body in found]
+
+
+def _body(model: nn.Module, stack: Stack) -> str | None:
+    """Returns the module around a stack that takes embeddings, None for none."""
+    wanted = {"input_ids", "inputs_embeds"}
+    return above(model, stack.blocks[0].path, wanted) if stack.kind in _TEXT else None
 
 
 def takes_any_length(model: nn.Module, place: EmbeddingPlace | HiddenPlace) -> bool:

@@ -53,7 +53,7 @@ class PromptSite(Site):
             AdapterError: they can't act together.
         """
         plan = self.active.current()
-        given = self.kept.get(("tasks", thread_id()), plan.tasks)
+        given = self.active.given.get(("tasks", thread_id()), plan.tasks)
         tasks = tasks_of_rows(given, rows, device, plan.copies)
         if plan.groups is None:
             prompt = self._prompt(plan.steps, rows, tasks, marker)
