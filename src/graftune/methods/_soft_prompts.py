@@ -19,7 +19,7 @@ from graftune.sites.entrance import PositionTable, entrances
 FREQUENT = 5000
 """Rows of the embedding table that a vocabulary's are drawn from: frequent ones come first."""
 POSITIONS = ("front", "after-first")
-STACKS = ("encoder", "decoder", "both")
+STACKS = ("encoder", "decoder", "both", "vision")
 
 
 class Prompt(EmbeddingDelta):
@@ -122,7 +122,7 @@ class SoftPrompt(Method):
     token reads a virtual one where they come in front: HF PEFT's and AdapterHub's heads do."""
     where: str | None = None
     """Of encoder-decoders: before the "encoder"'s text (None), the "decoder"'s, or "both", with
-    virtual tokens of each one's own."""
+    virtual tokens of each one's own. Of CLIP's towers: "vision"."""
 
     def check(self) -> None:
         """See `Method.check`."""
@@ -143,7 +143,7 @@ class SoftPrompt(Method):
         """
         assert isinstance(graft.delta, EmbeddingDelta)
         graft.delta.stays = self.stays
-        kinds = [stack.kind for stack in anatomy.stacks]
+        kinds = [stack.kind for stack in anatomy.stacks if self.where in (None, stack.kind)]
         if self.stays and kinds not in (["encoder"], ["vision"]):
             raise SettingsError(
                 f"{self.name}: stays=True is for encoders, whose heads read the first token; this "

@@ -355,8 +355,19 @@ def _values(output: Any) -> Iterator[Any]:
         yield from dict(output).values()
 
 
-def shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int) -> Any:
-    """Returns a body's answer without the virtual tokens' hidden states."""
+def shorter(
+    host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int, *, pools: bool = False
+) -> Any:
+    """Returns a body's answer without the virtual tokens' hidden states.
+
+    Args:
+        host: the body.
+        output: its answer.
+        woven: the virtual tokens.
+        at: before which token of each row they came in.
+        length: how many real tokens there are.
+        pools: whether to pool once more, though the first token is where it was.
+    """
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -368,7 +379,7 @@ def shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int)
         return tuple(map(cut, output))
     made = {name: cut(value) for name, value in output.items()}
     pooler: Any = host._modules.get("pooler")
-    moved = woven.lengths is not None or not woven.is_after_first
+    moved = pools or woven.lengths is not None or not woven.is_after_first
     if made.get("pooler_output") is not None and pooler is not None and moved:
         made["pooler_output"] = pooler(made["last_hidden_state"])  # of the first real token
     return type(output)(**made)

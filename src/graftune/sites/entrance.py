@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from graftune.anatomy import Anatomy, Stack
+from graftune.anatomy import Anatomy, Stack, table
 from graftune.anatomy.modules import leaf, parent
 from graftune.errors import SettingsError
 from graftune.sites.base import EmbeddingPlace, HiddenPlace, base_modules
@@ -57,30 +58,49 @@ def entrances(
         where: of an encoder-decoder, "encoder", "decoder" or "both"; None is the encoder.
 
     Raises:
-        SettingsError: no module there takes embeddings in place of ids, or it has one stack.
+        SettingsError: no module there takes embeddings in place of ids, or it has no such stack.
     """
+    check_where(method, model, anatomy, where)
     bodies = {stack.kind: _body(model, stack) for stack in anatomy.stacks}
-    is_both = set(bodies) == {"encoder", "decoder"}
-    if where is not None and not is_both:
-        raise SettingsError(
-            f'{method}: where is "{where}", which is for encoder-decoders; this '
-            f"{type(model).__name__} is made of {' and '.join(bodies) or 'no known stack'}."
-        )
     first = next(iter(bodies), "")
     kinds = ("encoder", "decoder") if where == "both" else (where or first,)
-    for kind in kinds:
-        if bodies.get(kind) is None:
-            has_other = is_both and kind == "encoder" and bodies["decoder"] is not None
-            raise SettingsError(
-                f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
-                "token ids (inputs_embeds), so it can't be given virtual tokens."
-                + (' Its decoder can: where="decoder".' if has_other else "")
-            )
-    found = [(kind, body) for kind in kinds if (body := bodies[kind]) is not None]
-    if not is_both:
+    found = [(kind, body) for kind in kinds if (body := bodies.get(kind)) is not None]
+    if len(found) < len(kinds):
+        raise SettingsError(
+            f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
+            f"token ids (inputs_embeds), so it can't be given virtual tokens.{_why(model, bodies)}"
+        )
+    if len(bodies) == 1:
         return [EmbeddingPlace(body) for _, body in found]
     readers = {"encoder": bodies["decoder"]}
     return [EmbeddingPlace(body, readers.get(kind), kind) for kind, body in found]
+
+
+def check_where(method: str, model: nn.Module, anatomy: Anatomy, where: str | None) -> None:
+    """Raises SettingsError unless a model of several stacks has the one that is named."""
+    kinds = [stack.kind for stack in anatomy.stacks]
+    named = {*kinds, "both"} if set(kinds) == {"encoder", "decoder"} else {*kinds}
+    if where is not None and (len(kinds) == 1 or where not in named):
+        raise SettingsError(
+            f'{method}: where is "{where}", which is for encoder-decoders and CLIP\'s towers; '
+            f"this {type(model).__name__} is made of {' and '.join(kinds) or 'no known stack'}."
+        )
+
+
+def _why(model: nn.Module, bodies: Mapping[str, str | None]) -> str:
+    """Returns what more there is to say of a model that can't be given virtual tokens."""
+    config: Any = getattr(model, "config", None)
+    if bodies.get("decoder") is not None:
+        return ' It reads sound, which has no tokens; its decoder can: where="decoder".'
+    if "text" in bodies and "vision" in bodies:
+        return ' PromptTuning can be put among the patches of its images: where="vision".'
+    if "vision" in bodies and hasattr(config, "window_size"):
+        return " Its blocks see windows of the grid of patches, where they would have no place."
+    if "vision" in bodies:
+        known = ", ".join(table.PATCH_PROMPTS)
+        return f" PromptTuning is known to fit among patches, in models of type {known}."
+    is_sound = getattr(model, "main_input_name", "") in ("input_features", "input_values")
+    return " It reads sound, which has no tokens." if is_sound else ""
 
 
 def _body(model: nn.Module, stack: Stack) -> str | None:
