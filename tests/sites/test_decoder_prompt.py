@@ -167,9 +167,9 @@ def test_in_heads_that_read_the_decoder() -> None:
 
 
 def test_what_can_not_be_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"for encoder-decoders; .* made of dec"):
+    with pytest.raises(SettingsError, match=r"for encoder-decoders and .* made of dec"):
         gt.attach(FAMILIES["llama"].build(), of_words(where="decoder"))
-    with pytest.raises(SettingsError, match=r"where is .both., which is for encoder-decoders"):
+    with pytest.raises(SettingsError, match=r"where is .both., which is for encoder-decoders and"):
         gt.attach(FAMILIES["bert"].build(), of_words(where="both", enters="blocks"))
     with pytest.raises(SettingsError, match=r'Its decoder can: where="decoder"'):
         gt.attach(FAMILIES["whisper"].build(), of_words())

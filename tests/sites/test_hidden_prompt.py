@@ -179,7 +179,7 @@ def test_the_images_of_two_towers() -> None:
 @pytest.mark.parametrize(
     ("family", "task", "words"),
     [
-        ("clip", "default", 'among the patches of its images: where="vision"'),
+        ("clip", "default", 'say which, with where="text" or, of PromptTuning, where="vision"'),
         ("swin", "default", "see windows of the grid of patches"),
         ("whisper", "classification", "reads sound, which has no tokens"),
     ],

@@ -54,6 +54,9 @@ HIDDEN_PROMPTS = ("bert", "roberta", "xlm-roberta", *PATCH_PROMPTS)
 """Types whose blocks take tokens behind the embedding layer as they come: positions are in what
 that layer answers, and nothing after it counts them."""
 
+TEXT_TOWERS = ("clip", "clip_text_model")
+"""Types whose text body takes ids alone, and pools the token whose id says that the text ends."""
+
 OWN_SOFTMAX = ("bloom", "deberta-v2")
 """Types whose attentions ask no attention function, and compute softmax as `sites.softmax` sees."""
 

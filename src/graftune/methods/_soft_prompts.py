@@ -19,7 +19,7 @@ from graftune.sites.entrance import PositionTable, entrances
 FREQUENT = 5000
 """Rows of the embedding table that a vocabulary's are drawn from: frequent ones come first."""
 POSITIONS = ("front", "after-first")
-STACKS = ("encoder", "decoder", "both", "vision")
+STACKS = ("encoder", "decoder", "both", "text", "vision")
 
 
 class Prompt(EmbeddingDelta):
@@ -75,7 +75,8 @@ class PromptPlace:
         places = entrances(method, model, anatomy, where)
         is_after_first = position == "after-first"
         if position is None:
-            is_after_first = [stack.kind for stack in anatomy.stacks] == ["encoder"]
+            kinds = [stack.kind for stack in anatomy.stacks if where in (None, stack.kind)]
+            is_after_first = kinds in (["text"], ["encoder"]) and places[0].stack is None
         bodies: list[Any] = [model.get_submodule(place.module) for place in places]
         return [
             cls(place, body.get_input_embeddings(), is_after_first)
@@ -122,7 +123,8 @@ class SoftPrompt(Method):
     token reads a virtual one where they come in front: HF PEFT's and AdapterHub's heads do."""
     where: str | None = None
     """Of encoder-decoders: before the "encoder"'s text (None), the "decoder"'s, or "both", with
-    virtual tokens of each one's own. Of CLIP's towers: "vision"."""
+    virtual tokens of each one's own. Of CLIP's towers: the "text"'s or the
+    "vision"'s."""
 
     def check(self) -> None:
         """See `Method.check`."""

@@ -67,6 +67,8 @@ class EmbeddingSite(PromptSite):
         """The kind of the host's stack, of an encoder-decoder."""
         self.reads_tasks = False
         """Whether `begin` is registered."""
+        self.takes_ids = False
+        """Whether the body takes ids alone: what their table answers is put in its place."""
         self.maker: MaskMaker | None = None
         """The model's own maker of masks, behind `masks_for_generate`."""
 
@@ -78,6 +80,9 @@ class EmbeddingSite(PromptSite):
             host.register_forward_pre_hook(self.before, with_kwargs=True),
             host.register_forward_hook(self.after),
         ]
+        self.takes_ids = "inputs_embeds" not in self.arguments
+        if self.takes_ids:
+            self.handles.append(_table(host).register_forward_hook(self.embed))
 
     def take(self, model: nn.Module, name: str, graft: Graft) -> None:
         """See `Site.take`: also follows the answer to the decoder that reads it."""
@@ -128,7 +133,8 @@ class EmbeddingSite(PromptSite):
         Raises:
             AdapterError: the body is given something that a prompt can't be put into.
         """
-        self.kept.pop(("woven", thread_id()), None)
+        for name in ("woven", "tokens"):
+            self.kept.pop((name, thread_id()), None)
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past = 0 if cache is None else _length(cache)
@@ -156,6 +162,10 @@ class EmbeddingSite(PromptSite):
         if self.reads or self._keeps():
             return None
         return shorter(host, output, came_in.woven, at, came_in.length)
+
+    def embed(self, table: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Puts tokens, virtual ones too, in the place of what a table answers. A hook of it."""
+        return self.kept.pop(("tokens", thread_id()), None)
 
     def extend(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Lets a decoder's mask of what the encoder saw cover the prompt. A forward pre-hook.
@@ -206,11 +216,18 @@ class EmbeddingSite(PromptSite):
 
     def _embedded(self, given: dict[str, Any], tokens: Tensor, past: int) -> dict[str, Any]:
         """Returns arguments with embedded tokens instead of ids."""
-        rest, ids = dict(given), given["input_ids"]
-        del rest["input_ids"]
+        ids = given["input_ids"]
+        rest = {**given, **self._entering(ids, tokens)}
         if given.get("position_ids") is None and self.table.padding is not None:
             rest["position_ids"] = self._unpadded(ids, past)
-        return {**rest, "inputs_embeds": tokens}
+        return rest
+
+    def _entering(self, ids: Tensor, tokens: Tensor) -> dict[str, Any]:
+        """Returns the arguments that let embedded tokens in; `ids` are theirs if it takes ids."""
+        if not self.takes_ids:
+            return {"input_ids": None, "inputs_embeds": tokens}
+        self.kept["tokens", thread_id()] = tokens
+        return {"input_ids": ids}
 
     def _longer(
         self,
@@ -226,7 +243,8 @@ class EmbeddingSite(PromptSite):
         make_room(cache, host.config, woven.most)
         at = woven.at(mask, len(ids), ids.device)
         tokens = _tokens(host, ids) if tokens is None else tokens
-        changed: dict[str, Any] = {"inputs_embeds": woven.into(woven.prompt, tokens, at)}
+        longer = woven.into(_fill(host, ids, woven), ids, at) if self.takes_ids else ids
+        changed = self._entering(longer, woven.into(woven.prompt, tokens, at))
         limit = self.table.limit
         if limit is not None and ids.shape[1] + woven.most > limit:
             raise AdapterError(
@@ -247,8 +265,7 @@ class EmbeddingSite(PromptSite):
             changed["position_ids"] = woven.positions(positions, at, mask)
         missed = woven.is_after_first and mask is not None and bool(is_empty(mask).any())
         self.kept["woven", thread_id()] = (CameIn(woven, ids.shape[1], missed), at)
-        rest = {name: value for name, value in given.items() if name != "input_ids"}
-        return {**rest, **changed}
+        return {**given, **changed}
 
     def _mask(self, mask: Tensor, cache: Any) -> Tensor:
         """Returns a mask of a cache's length, unless the body counts tokens in it."""
@@ -303,9 +320,17 @@ class EmbeddingSite(PromptSite):
         return {**given, **changed}
 
 
+def _table(host: Any) -> nn.Module:
+    return host.get_input_embeddings()
+
+
 def _tokens(host: nn.Module, ids: Tensor) -> Tensor:
-    tables: Any = host
-    return tables.get_input_embeddings()(ids)
+    return _table(host)(ids)
+
+
+def _fill(host: Any, ids: Tensor, woven: Woven) -> Tensor:
+    """Returns ids for virtual tokens that end no text, `(B, M)`."""
+    return ids.new_full((len(ids), woven.most), int(host.config.eos_token_id == 0))
 
 
 def _length(cache: Any) -> int:

@@ -55,7 +55,7 @@ def entrances(
         method: whose errors they are.
         model: the base.
         anatomy: what it is made of.
-        where: of an encoder-decoder, "encoder", "decoder" or "both"; None is the encoder.
+        where: of an encoder-decoder, "encoder" (None), "decoder" or "both"; of CLIP, "text".
 
     Raises:
         SettingsError: no module there takes embeddings in place of ids, or it has no such stack.
@@ -63,6 +63,11 @@ def entrances(
     check_where(method, model, anatomy, where)
     bodies = {stack.kind: _body(model, stack) for stack in anatomy.stacks}
     first = next(iter(bodies), "")
+    if set(bodies) == {"text", "vision"} and where is None:
+        raise SettingsError(
+            f"{method}: this {type(model).__name__} has two towers: say which, with "
+            'where="text" or, of PromptTuning, where="vision".'
+        )
     kinds = ("encoder", "decoder") if where == "both" else (where or first,)
     found = [(kind, body) for kind in kinds if (body := bodies.get(kind)) is not None]
     if len(found) < len(kinds):
@@ -70,7 +75,7 @@ def entrances(
             f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
             f"token ids (inputs_embeds), so it can't be given virtual tokens.{_why(model, bodies)}"
         )
-    if len(bodies) == 1:
+    if "decoder" not in bodies or len(bodies) == 1:
         return [EmbeddingPlace(body) for _, body in found]
     readers = {"encoder": bodies["decoder"]}
     return [EmbeddingPlace(body, readers.get(kind), kind) for kind, body in found]
@@ -104,7 +109,10 @@ def _why(model: nn.Module, bodies: Mapping[str, str | None]) -> str:
 
 
 def _body(model: nn.Module, stack: Stack) -> str | None:
-    """Returns the module around a stack that takes embeddings, None for none."""
+    """Returns the module around a stack that takes tokens or their embeddings, None for none."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if stack.kind != "vision" and kind in table.TEXT_TOWERS:
+        return above(model, stack.blocks[0].path, {"input_ids"})
     wanted = {"input_ids", "inputs_embeds"}
     return above(model, stack.blocks[0].path, wanted) if stack.kind in _TEXT else None
 
