@@ -171,7 +171,7 @@ def test_what_can_not_be_is_refused() -> None:
         gt.attach(FAMILIES["llama"].build(), of_words(where="decoder"))
     with pytest.raises(SettingsError, match=r"where is .both., which is for encoder-decoders and"):
         gt.attach(FAMILIES["bert"].build(), of_words(where="both", enters="blocks"))
-    with pytest.raises(SettingsError, match=r'Its decoder can: where="decoder"'):
+    with pytest.raises(SettingsError, match=r'its decoder can: where="decoder"'):
         gt.attach(FAMILIES["whisper"].build(), of_words())
     with pytest.raises(SettingsError, match='Did you mean "decoder"'):
         gt.PromptTuning(where="decode")
