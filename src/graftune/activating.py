@@ -22,7 +22,7 @@ from graftune.composition import (
     trained_in,
 )
 from graftune.errors import AdapterError
-from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, HiddenPlace
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, HiddenPlace, Place
 from graftune.sites.entrance import takes_any_length
 from graftune.sites.plan import Plan
 from graftune.sites.tasks import checked_tasks, tasks_of_rows
@@ -181,9 +181,9 @@ def _check_rows(state: Grafts, name: str) -> None:
 def _check_prompts(state: Grafts, composition: Composition) -> None:
     """Raises AdapterError if rows have prompts of different lengths, and the model can't."""
     members = composition.members if isinstance(composition, Rows) else copies_of(composition)
-    lengths = {sum(_prompts(state, member)) for member in members}
-    places = [g.place for a in state.adapters.values() for g in a.grafts]
+    places = dict.fromkeys(g.place for a in state.adapters.values() for g in a.grafts)
     for place in (p for p in places if isinstance(p, EmbeddingPlace | HiddenPlace)):
+        lengths = {sum(_prompts(state, member, place)) for member in members}
         if len(lengths) > 1 and not takes_any_length(state.model, place):
             raise AdapterError(
                 f"Rows of this {type(state.model).__name__} must have prompts of one length, since "
@@ -192,21 +192,21 @@ def _check_prompts(state: Grafts, composition: Composition) -> None:
             )
 
 
-def _prompts(state: Grafts, member: Composition) -> list[int]:
-    """Returns how much each of a member's prompts lengthens a row: of an Average, one."""
+def _prompts(state: Grafts, member: Composition, place: EmbeddingPlace | HiddenPlace) -> list[int]:
+    """Returns how much each of a member's prompts lengthens a row there: of an Average, one."""
     if isinstance(member, Average):
-        return _prompts(state, member.members[0])
+        return _prompts(state, member.members[0], place)
     if isinstance(member, Stack):
-        return [length for part in member.members for length in _prompts(state, part)]
+        return [length for part in member.members for length in _prompts(state, part, place)]
     if not isinstance(member, str):
         return []
-    return [delta.length for delta in _embedded(state, member) if delta.marker is None]
+    return [delta.length for delta in _embedded(state, member, place) if delta.marker is None]
 
 
-def _embedded(state: Grafts, name: str) -> list[EmbeddingDelta]:
-    """Returns what an adapter puts among the embedded tokens."""
-    deltas = [graft.delta for graft in state.adapters[name].grafts]
-    return [delta for delta in deltas if isinstance(delta, EmbeddingDelta)]
+def _embedded(state: Grafts, name: str, place: Place | None = None) -> list[EmbeddingDelta]:
+    """Returns what an adapter puts among the embedded tokens, at one place or all."""
+    grafts = [g for g in state.adapters[name].grafts if place is None or g.place == place]
+    return [graft.delta for graft in grafts if isinstance(graft.delta, EmbeddingDelta)]
 
 
 def _tasks(

@@ -93,10 +93,11 @@ REFUSALS: dict[tuple[str, str, str], str] = {
     **{
         ("attach", m, f): "takes embeddings in place of"
         for m in LONGER_ROWS
-        for f in ("whisper", "vit", "swin", "clip")
+        for f in ("whisper", "vit", "swin")
         if (m, f) != ("prompt", "vit")
     },
     **{("attach", "ladder", f): "expected one" for f in ("swin", "clip")},
+    **{("attach", m, "clip"): "has two towers: say which" for m in LONGER_ROWS},
     ("rows", "prompt", "vit"): "prompts of one length",
     **{("rows", m, "bart"): "prompts of one length" for m in LONGER_ROWS},
     **{("rows", "full", family): "changes whole weights" for family in FAMILIES},

@@ -206,13 +206,6 @@ def test_what_a_prompt_can_not_be_put_into(change: dict[str, Any], words: str) -
         model(**{**FAMILIES["gpt2"].inputs(), **change})
 
 
-def test_static_caches_are_refused() -> None:
-    model: Any = FAMILIES["llama"].build()
-    gt.attach(model, of_words(), name="words")
-    with pytest.raises(AdapterError, match="dynamic"):
-        model.generate(**FAMILIES["llama"].inputs(), **SHORT, cache_implementation="static")
-
-
 def test_prompts_in_different_positions_do_not_act_together() -> None:
     model = FAMILIES["llama"].build()
     gt.attach(model, of_words(), name="front")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import graftune as gt
 from graftune.errors import AdapterError
+from graftune.sites.woven import Woven
 from tests.families import FAMILIES
 
 DECODERS = tuple(f for f in FAMILIES if FAMILIES[f].kind == "decoder")
@@ -110,3 +111,18 @@ def test_a_prompt_after_the_first_token_needs_it_in_the_first_chunk() -> None:
     with pytest.raises(AdapterError, match="larger prefill_chunk_size"):
         model.generate(**inputs, **SHORT, prefill_chunk_size=3)
     model.generate(**inputs, **SHORT, prefill_chunk_size=5)
+
+
+def test_a_generated_token_looks_once_where_the_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = FAMILIES["llama"].build()
+    gt.attach(model, gt.PromptTuning(length=3, position="after-first"))
+    looked: list[int | None] = []
+    at = Woven.at
+
+    def counted(self: Woven, mask: Any, rows: int, device: Any, known: Any = None) -> Tensor:
+        looked.append(known)
+        return at(self, mask, rows, device, known)
+
+    monkeypatch.setattr(Woven, "at", counted)
+    model.generate(**FAMILIES["llama"].inputs(padding="left"), **SHORT)
+    assert looked == [None, 7, 7, 7]  # as it comes in, and by each token after it

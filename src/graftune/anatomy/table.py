@@ -45,9 +45,17 @@ RUN_ORDER: tuple[tuple[str, ...], ...] = (
 )
 """Names of a block's norms in the order they run, where the block registers them in another."""
 
-HIDDEN_PROMPTS = ("bert", "roberta", "xlm-roberta", "vit")
+PATCH_PROMPTS = (
+    *("vit", "vit_msn", "deit", "beit", "dinov2", "dinov2_with_registers"),
+    *("clip", "clip_vision_model"),
+)
+"""Types whose blocks take tokens among the patches of an image as they come."""
+HIDDEN_PROMPTS = ("bert", "roberta", "xlm-roberta", *PATCH_PROMPTS)
 """Types whose blocks take tokens behind the embedding layer as they come: positions are in what
 that layer answers, and nothing after it counts them."""
+
+TEXT_TOWERS = ("clip", "clip_text_model")
+"""Types whose text body takes ids alone, and pools the token whose id says that the text ends."""
 
 OWN_SOFTMAX = ("bloom", "deberta-v2")
 """Types whose attentions ask no attention function, and compute softmax as `sites.softmax` sees."""

@@ -92,18 +92,18 @@ def save(settings: RunSettings, tokens: Tensor, folder: Path) -> None:
         SettingsError: the method is no soft prompt, or of another length.
     """
     from graftune.adapter import attach
-    from graftune.methods._soft_prompts import SoftPrompt, embedded
+    from graftune.methods._soft_prompts import SoftPrompt, spread
     from graftune.tasks.resolving import method_of
 
     method, model = method_of(settings.method), _base(settings)
     if not isinstance(method, SoftPrompt):
         raise SettingsError(f"method is {method.name}, expected PromptTuning.")
     adapter = attach(model, method, "start", seed=settings.train.seed)
-    key = f"{embedded(adapter).place.key}.tokens"
-    if key not in adapter.state_dict():
+    values = spread(adapter, tokens)
+    if not values.keys() <= adapter.state_dict().keys():
         raise SettingsError(f"{method.name} doesn't hold its virtual tokens; take PromptTuning.")
     try:
-        adapter.load_state_dict({key: tokens}, strict=False)
+        adapter.load_state_dict(values, strict=False)
     except FormatError as error:
         raise SettingsError(f"no start of the average: {error}") from error
     adapter.save(folder)

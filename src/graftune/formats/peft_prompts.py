@@ -86,6 +86,8 @@ class EmbeddedType(PromptsType):
     def obstacle(self, adapter: Adapter) -> str | None:
         """See `PeftType.obstacle`."""
         model = adapter.model
+        if any(graft.place.stack == "decoder" for graft in embedded(adapter.grafts)):
+            return "HF PEFT leaves prompts in a decoder beside an encoder out of generate"
         if not embedded(adapter.grafts):
             return "HF PEFT puts prompts among tokens, and this one enters behind their embeddings"
         if any(graft.delta.is_after_first for graft in embedded(adapter.grafts)):

@@ -14,11 +14,12 @@ from graftune.errors import AdapterError, SettingsError
 from graftune.methods.base import Method
 from graftune.sites import hosts
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft
-from graftune.sites.entrance import PositionTable, entrance
+from graftune.sites.entrance import PositionTable, entrances
 
 FREQUENT = 5000
 """Rows of the embedding table that a vocabulary's are drawn from: frequent ones come first."""
 POSITIONS = ("front", "after-first")
+STACKS = ("encoder", "decoder", "both", "text", "vision")
 
 
 class Prompt(EmbeddingDelta):
@@ -51,26 +52,36 @@ class PromptPlace:
     is_after_first: bool
 
     @classmethod
-    def of(
-        cls, method: str, model: nn.Module, anatomy: Anatomy, position: str | None = "front"
-    ) -> PromptPlace:
-        """Returns that of a model.
+    def all(
+        cls,
+        method: str,
+        model: nn.Module,
+        anatomy: Anatomy,
+        position: str | None = "front",
+        where: str | None = None,
+    ) -> list[PromptPlace]:
+        """Returns those of a model.
 
         Args:
             method: whose errors they are.
             model: the base.
             anatomy: what it is made of.
             position: one of POSITIONS; None is after an encoder's first token, else in front.
+            where: one of STACKS; None is the encoder of an encoder-decoder.
 
         Raises:
-            SettingsError: a model without token embeddings.
+            SettingsError: a model without token embeddings, or without such a stack.
         """
-        place = entrance(method, model, anatomy)
-        body: Any = model.get_submodule(place.module)
+        places = entrances(method, model, anatomy, where)
         is_after_first = position == "after-first"
         if position is None:
-            is_after_first = place.reader is None and anatomy.stacks[0].kind == "encoder"
-        return cls(place, body.get_input_embeddings(), is_after_first)
+            kinds = [stack.kind for stack in anatomy.stacks if where in (None, stack.kind)]
+            is_after_first = kinds in (["text"], ["encoder"]) and places[0].stack is None
+        bodies: list[Any] = [model.get_submodule(place.module) for place in places]
+        return [
+            cls(place, body.get_input_embeddings(), is_after_first)
+            for place, body in zip(places, bodies, strict=True)
+        ]
 
     @property
     def width(self) -> int:
@@ -110,6 +121,21 @@ class SoftPrompt(Method):
     stays: bool = False
     """Leave the virtual tokens in what an encoder answers, so that a head that reads the first
     token reads a virtual one where they come in front: HF PEFT's and AdapterHub's heads do."""
+    where: str | None = None
+    """Of encoder-decoders: before the "encoder"'s text (None), the "decoder"'s, or "both", with
+    virtual tokens of each one's own. Of CLIP's towers: the "text"'s or the
+    "vision"'s."""
+
+    def check(self) -> None:
+        """See `Method.check`."""
+        if self.where is not None:
+            self._check_choice("where", STACKS)
+
+    def places(
+        self, model: nn.Module, anatomy: Anatomy, position: str | None = "front"
+    ) -> list[PromptPlace]:
+        """Returns where its virtual tokens go; see `PromptPlace.all`."""
+        return PromptPlace.all(self.name, model, anatomy, position, self.where)
 
     def placed(self, graft: Graft, anatomy: Anatomy) -> Graft:
         """Returns a new graft, its virtual tokens staying if asked for.
@@ -119,7 +145,7 @@ class SoftPrompt(Method):
         """
         assert isinstance(graft.delta, EmbeddingDelta)
         graft.delta.stays = self.stays
-        kinds = [stack.kind for stack in anatomy.stacks]
+        kinds = [stack.kind for stack in anatomy.stacks if self.where in (None, stack.kind)]
         if self.stays and kinds not in (["encoder"], ["vision"]):
             raise SettingsError(
                 f"{self.name}: stays=True is for encoders, whose heads read the first token; this "
@@ -129,7 +155,7 @@ class SoftPrompt(Method):
 
     @torch.no_grad()
     def prompt_of(self, adapter: Any, task: int | str | None = None) -> Tensor:
-        """Returns an adapter's virtual tokens as they are now, `(m, d)`.
+        """Returns an adapter's virtual tokens as they are, `(m, d)`; of both stacks, `(2 m, d)`.
 
         Args:
             adapter: of this method.
@@ -142,13 +168,18 @@ class SoftPrompt(Method):
             raise AdapterError(
                 f'Adapter "{adapter.name}" is {self.name}, which has one task: leave task out.'
             )
-        delta: Any = embedded(adapter).delta
-        return delta.prompt().clone()
+        deltas: list[Any] = [graft.delta for graft in embedded(adapter)]
+        return torch.cat([delta.prompt() for delta in deltas])
 
     def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
-        """See `Method.start_from`: takes the virtual tokens of any soft prompt."""
+        """See `Method.start_from`: takes the virtual tokens of any soft prompt.
+
+        Raises:
+            AdapterError: the source isn't one, or not of as many stacks.
+        """
         tokens = prompt_of(source, task)
-        adapter.load_state_dict({f"{embedded(adapter).place.key}.tokens": tokens}, strict=False)
+        check_stacks(adapter, source)
+        adapter.load_state_dict(spread(adapter, tokens), strict=False)
 
 
 def prompt_of(source: Any, task: int | str | None = None) -> Tensor:
@@ -165,6 +196,24 @@ def prompt_of(source: Any, task: int | str | None = None) -> Tensor:
     return source.method.prompt_of(source, task)
 
 
-def embedded(adapter: Any) -> Graft:
-    """Returns an adapter's graft at the embedding site."""
-    return next(graft for graft in adapter.grafts if isinstance(graft.delta, EmbeddingDelta))
+def spread(adapter: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Returns virtual tokens, as `prompt_of` has them, by the names of an adapter's tensors."""
+    grafts: list[Any] = embedded(adapter)
+    lengths = [graft.delta.length for graft in grafts]
+    parts = tokens.split(lengths) if sum(lengths) == len(tokens) else [tokens] * len(grafts)
+    return {f"{g.place.key}.tokens": part for g, part in zip(grafts, parts, strict=True)}
+
+
+def check_stacks(adapter: Any, source: Any) -> None:
+    """Raises AdapterError unless two adapters have prompts in as many stacks."""
+    counts = len(embedded(adapter)), len(embedded(source))
+    if counts[0] != counts[1]:
+        raise AdapterError(
+            f'"{adapter.name}" can\'t start from "{source.name}": it has prompts in {counts[0]} '
+            f"of the model's stacks, and its source in {counts[1]} (where=)."
+        )
+
+
+def embedded(adapter: Any) -> list[Graft]:
+    """Returns an adapter's grafts at embedding sites, the encoder's first."""
+    return [graft for graft in adapter.grafts if isinstance(graft.delta, EmbeddingDelta)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy
 from graftune.errors import AdapterError
-from graftune.methods._soft_prompts import PromptPlace, embedded, prompt_of
+from graftune.methods._soft_prompts import check_stacks, embedded
 from graftune.methods.base import register
 from graftune.methods.prompt import PromptTuning
 from graftune.sites.base import EmbeddingDelta
@@ -91,19 +91,22 @@ class MultitaskPromptTuning(PromptTuning):
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
         """See `Method.count`: m d + tasks r (m + d)."""
-        width = PromptPlace.of(self.name, model, anatomy).width
-        return self.length * width + self.tasks * self.r * (self.length + width)
+        widths = [place.width for place in self.places(model, anatomy)]
+        own = [self.tasks * self.r * (self.length + width) for width in widths]
+        return self.length * sum(widths) + sum(own)
 
     def param_groups(self, adapter: Any, lr: float) -> list[dict[str, Any]] | None:
         """See `Method.param_groups`: u and v learn faster, and don't decay."""
-        delta: Any = embedded(adapter).delta
-        fast = {"params": [delta.u, delta.v], "lr": lr * self.task_lr_ratio, "weight_decay": 0.0}
-        return [{"params": [delta.tokens], "lr": lr}, fast]
+        deltas: list[Any] = [graft.delta for graft in embedded(adapter)]
+        factors = [factor for delta in deltas for factor in (delta.u, delta.v)]
+        fast = {"params": factors, "lr": lr * self.task_lr_ratio, "weight_decay": 0.0}
+        return [{"params": [delta.tokens for delta in deltas], "lr": lr}, fast]
 
     def prompt_of(self, adapter: Any, task: int | str | None = None) -> Tensor:
         """See `SoftPrompt.prompt_of`: of a task, of their mean ("average"), or P ("shared")."""
-        tokens, u, v = self._parts(adapter, task)
-        return (tokens if task == "shared" else tokens * (u @ v)).detach().clone()
+        found = self._parts(adapter, task)
+        made = [tokens if task == "shared" else tokens * (u @ v) for tokens, u, v in found]
+        return torch.cat(made).detach()
 
     def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
         """See `Method.start_from`: a target's start, from its sources or from another soft prompt.
@@ -111,31 +114,36 @@ class MultitaskPromptTuning(PromptTuning):
         Of sources it takes P, and the mean of their u and v ("average", if None is named), those of
         one of them, or none ("shared").
         """
-        key = embedded(adapter).place.key
-        method, values = source.method, {"tokens": prompt_of(source, task)}
-        if isinstance(method, MultitaskPromptTuning):
-            tokens, u, v = method._parts(source, task)
-            values = {"tokens": tokens}
+        method = source.method
+        if not isinstance(method, MultitaskPromptTuning):
+            super().start_from(adapter, source, task)
+            return
+        parts = method._parts(source, task)
+        check_stacks(adapter, source)
+        own: dict[str, Tensor] = {}
+        for graft, (tokens, u, v) in zip(embedded(adapter), parts, strict=True):
+            key = graft.place.key
+            own[f"{key}.tokens"] = tokens.detach()
             if task != "shared":
-                values |= {"u": u.expand(self.tasks, -1, -1), "v": v.expand(self.tasks, -1, -1)}
-        own = {f"{key}.{name}": value.detach() for name, value in values.items()}
+                own[f"{key}.u"] = u.detach().expand(self.tasks, -1, -1)
+                own[f"{key}.v"] = v.detach().expand(self.tasks, -1, -1)
         adapter.load_state_dict(own, strict=False)
 
-    def _parts(self, adapter: Any, task: int | str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns P, and u and v of a task or their means.
+    def _parts(self, adapter: Any, task: int | str | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns P, and u and v of a task or their means, of each stack.
 
         Raises:
             AdapterError: there is no such task.
         """
-        delta: Any = embedded(adapter).delta
+        deltas: list[Any] = [graft.delta for graft in embedded(adapter)]
         if task in (None, "average", "shared"):
-            return delta.tokens, delta.u.mean(0), delta.v.mean(0)
+            return [(delta.tokens, delta.u.mean(0), delta.v.mean(0)) for delta in deltas]
         if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.tasks:
             raise AdapterError(
                 f'task is {task!r}; adapter "{adapter.name}" has 0 to {self.tasks - 1}, "average" '
                 'and "shared".'
             )
-        return delta.tokens, delta.u[task], delta.v[task]
+        return [(delta.tokens, delta.u[task], delta.v[task]) for delta in deltas]
 
     def _delta(self, tokens: Tensor, is_after_first: bool, empty: bool) -> EmbeddingDelta:
         delta = MultitaskPrompt(tokens, is_after_first, self.tasks, self.r)

@@ -15,12 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftune.anatomy import Anatomy, table
+from graftune.anatomy import Anatomy, Stack, table
 from graftune.errors import SettingsError
 from graftune.methods._soft_prompts import POSITIONS, Prompt, PromptPlace, SoftPrompt
 from graftune.methods.base import register
 from graftune.sites import hosts
 from graftune.sites.base import EmbeddingDelta, Graft
+from graftune.sites.entrance import check_where
 from graftune.sites.hidden_prompt import hidden_entrance
 
 
@@ -55,6 +56,7 @@ class PromptTuning(SoftPrompt):
 
     def check(self) -> None:
         """See `Method.check`."""
+        super().check()
         self._check_number("length", 1)
         self._check_choice("init", ("vocabulary", "random", "text", "class_labels"))
         if self.position is not None:
@@ -80,40 +82,53 @@ class PromptTuning(SoftPrompt):
         """
         if self._is_hidden(anatomy):
             return [self.placed(self._hidden(model, anatomy, empty), anatomy)]
-        found = PromptPlace.of(self.name, model, anatomy, self.position)
-        found.check_room(self.name, model, self.length)
+        found = self.places(model, anatomy, self.position)
+        for place in found:
+            place.check_room(self.name, model, self.length)
+        return [self.placed(self._graft(place, empty), anatomy) for place in found]
+
+    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
+        """See `Method.count`: m d, twice where both stacks have a prompt."""
+        if self._is_hidden(anatomy):
+            return self.length * self._stack(anatomy).blocks[0].width
+        return sum(self.length * place.width for place in self.places(model, anatomy))
+
+    def _graft(self, found: PromptPlace, empty: bool) -> Graft:
         start = found.empty(self.length, found.width)
         if not empty:
             start = self._start(found, start)
-        graft = Graft(found.place, self._delta(start, found.is_after_first, empty))
-        return [self.placed(graft, anatomy)]
-
-    def count(self, model: nn.Module, anatomy: Anatomy) -> int:
-        """See `Method.count`: m d."""
-        if self._is_hidden(anatomy):
-            return self.length * anatomy.blocks[0].width
-        return self.length * PromptPlace.of(self.name, model, anatomy).width
+        return Graft(found.place, self._delta(start, found.is_after_first, empty))
 
     def _is_hidden(self, anatomy: Anatomy) -> bool:
         if not self.enters_blocks:
             return False
         if self.enters is None:
-            return anatomy.model_type in table.HIDDEN_PROMPTS and anatomy.stacks[0].kind == "vision"
+            is_known = anatomy.model_type in table.HIDDEN_PROMPTS
+            return is_known and self._stack(anatomy).kind == "vision"
         return self.enters == "blocks"
+
+    def _stack(self, anatomy: Anatomy) -> Stack:
+        """Returns the stack that `where` names, or the first."""
+        found = (stack for stack in anatomy.stacks if stack.kind == self.where)
+        return next(found, anatomy.stacks[0])
 
     def _hidden(self, model: nn.Module, anatomy: Anatomy, empty: bool) -> Graft:
         """Returns the graft behind the embedding layer."""
-        place = hidden_entrance(self.name, model, anatomy)
+        stack = self._stack(anatomy)
+        check_where(self.name, model, anatomy, self.where)
+        place = hidden_entrance(self.name, model, anatomy, stack)
         host = model.get_submodule(place.embeddings)
-        start = torch.empty(self.length, anatomy.blocks[0].width, **hosts.delta_options(host))
-        if not empty and anatomy.stacks[0].kind != "vision":
-            start = self._start(PromptPlace.of(self.name, model, anatomy, self.position), start)
+        start = torch.empty(self.length, stack.blocks[0].width, **hosts.delta_options(host))
+        is_image = stack.kind == "vision"
+        if not empty and not is_image:
+            [found] = self.places(model, anatomy, self.position)
+            start = self._start(found, start)
         elif not empty:
             start.uniform_(-0.5, 0.5)
             if self.init_tokens:
                 raise SettingsError(f"{self.name}: images have no tokens to start from.")
-        delta = self._delta(start, self.position != "front", empty)
-        return Graft(place, delta)
+        is_before = self.position == "front" and (self.stays or not is_image)
+        return Graft(place, self._delta(start, not is_before, empty))  # patches have no order
 
     def _delta(self, tokens: Tensor, is_after_first: bool, empty: bool) -> EmbeddingDelta:
         return Prompt(tokens, is_after_first)

@@ -57,6 +57,7 @@ class PTuning(SoftPrompt):
 
     def check(self) -> None:
         """See `Method.check`."""
+        super().check()
         self._check_number("length", 1)
         self._check_choice("encoder", ("lstm", "mlp", "none"))
         if self.hidden is not None:
@@ -86,34 +87,41 @@ class PTuning(SoftPrompt):
         Raises:
             SettingsError: a model without token embeddings, without room, or without the marker.
         """
-        found = self._place(model, anatomy)
+        found = self._places(model, anatomy)
+        return [self.placed(self._graft(place, empty), anatomy) for place in found]
+
+    def _graft(self, found: PromptPlace, empty: bool) -> Graft:
         E = found.empty(self.length, found.width)
         if self.encoder == "none":
             start = E if empty else found.rows(found.drawn(self.length))
-            graft = Graft(found.place, Prompt(start, found.is_after_first, self.marker))
-            return [self.placed(graft, anatomy)]
+            return Graft(found.place, Prompt(start, found.is_after_first, self.marker))
         lstm, widths = self._sizes(found.width)
         encoder = Encoder(found.width, lstm, widths, self.dropout, hosts.delta_options(found.table))
         if not empty:
             E.normal_()
             encoder.start()
         delta = PromptFromEncoder(E, encoder, found.is_after_first, self.marker)
-        return [self.placed(Graft(found.place, delta), anatomy)]
+        return Graft(found.place, delta)
 
     def plan_saved(
         self, model: nn.Module, anatomy: Anatomy, tensors: Mapping[str, Tensor]
     ) -> list[Graft]:
         """See `Method.plan_saved`: once finished, a file holds the virtual tokens alone."""
-        found = self._place(model, anatomy)
-        if f"{found.place.key}.tokens" in tensors:
-            start = found.empty(self.length, found.width)
-            graft = Graft(found.place, Prompt(start, found.is_after_first, self.marker))
-            return [self.placed(graft, anatomy)]
-        return self.plan(model, anatomy, empty=True)
+        found = self._places(model, anatomy)
+        if any(f"{place.place.key}.tokens" not in tensors for place in found):
+            return self.plan(model, anatomy, empty=True)
+        deltas = [
+            Prompt(place.empty(self.length, place.width), place.is_after_first, self.marker)
+            for place in found
+        ]
+        grafts = [Graft(at.place, delta) for at, delta in zip(found, deltas, strict=True)]
+        return [self.placed(graft, anatomy) for graft in grafts]
 
     def count(self, model: nn.Module, anatomy: Anatomy) -> int:
-        """See `Method.count`: m d and what makes them."""
-        d = PromptPlace.of(self.name, model, anatomy).width
+        """See `Method.count`: m d and what makes them, twice where both stacks have a prompt."""
+        return sum(self._count(place.width) for place in self.places(model, anatomy))
+
+    def _count(self, d: int) -> int:
         if self.encoder == "none":
             return self.length * d
         lstm, widths = self._sizes(d)
@@ -126,11 +134,12 @@ class PTuning(SoftPrompt):
 
     def finish(self, adapter: Any) -> None:
         """See `Method.finish`: keeps the virtual tokens and drops what made them."""
-        old = embedded(adapter).delta
-        if isinstance(old, PromptFromEncoder):
-            new = old.kept().requires_grad_(old.E.requires_grad)
-            new.stays = old.stays
-            replace_deltas(adapter.model, adapter.grafts, {old: new})
+        for graft in embedded(adapter):
+            old = graft.delta
+            if isinstance(old, PromptFromEncoder):
+                new = old.kept().requires_grad_(old.E.requires_grad)
+                new.stays = old.stays
+                replace_deltas(adapter.model, adapter.grafts, {old: new})
 
     def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
         """See `Method.start_from`.
@@ -138,7 +147,7 @@ class PTuning(SoftPrompt):
         Raises:
             AdapterError: an encoder makes the virtual tokens, so that they can't be given.
         """
-        if isinstance(embedded(adapter).delta, Prompt):
+        if isinstance(embedded(adapter)[0].delta, Prompt):
             super().start_from(adapter, source, task)
         elif any(isinstance(graft.delta, PromptFromEncoder) for graft in source.grafts):
             super(SoftPrompt, self).start_from(adapter, source, task)
@@ -148,24 +157,29 @@ class PTuning(SoftPrompt):
                 'virtual tokens; encoder="none" lets them be given.'
             )
 
-    def _place(self, model: nn.Module, anatomy: Anatomy) -> PromptPlace:
+    def _places(self, model: nn.Module, anatomy: Anatomy) -> list[PromptPlace]:
         position = "front" if self.marker is not None else self.position
-        found = PromptPlace.of(self.name, model, anatomy, position)
-        if self.marker is None:
-            found.check_room(self.name, model, self.length)
-            return found
+        places = self.places(model, anatomy, position)
+        for found in places:
+            if self.marker is None:
+                found.check_room(self.name, model, self.length)
+            else:
+                self._check_marker(self.marker, found, model)
+        return places
+
+    def _check_marker(self, marker: int, found: PromptPlace, model: nn.Module) -> None:
+        """Raises SettingsError unless a marker is a token that texts can hold."""
         size, config = hosts.features(found.table)[0], getattr(model, "config", None)
-        if self.marker >= size:
+        if marker >= size:
             raise SettingsError(
-                f"{self.name}: marker is {self.marker}, and the model has {size} tokens: take one "
+                f"{self.name}: marker is {marker}, and the model has {size} tokens: take one "
                 "that texts don't hold."
             )
-        if self.marker == getattr(config, "pad_token_id", None):
+        if marker == getattr(config, "pad_token_id", None):
             raise SettingsError(
-                f"{self.name}: marker is {self.marker}, which pads rows: take another token that "
+                f"{self.name}: marker is {marker}, which pads rows: take another token that "
                 "texts don't hold."
             )
-        return found
 
     def _sizes(self, d: int) -> tuple[tuple[int, int] | None, list[int]]:
         """Returns the LSTM's width and layers, and the widths before and after each linear."""

@@ -13,34 +13,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftune.composition import Mean, Steps, names_in
 from graftune.errors import AdapterError
 from graftune.sites import masks
-from graftune.sites.base import (
-    EmbeddingDelta,
-    EmbeddingPlace,
-    Graft,
-    Site,
-)
+from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft
 from graftune.sites.entrance import PositionTable
-from graftune.sites.kept import Kept, thread_id
+from graftune.sites.kept import thread_id
 from graftune.sites.marked import filled
-from graftune.sites.plan import RowsAt, joined, taken
+from graftune.sites.prompt_rows import PromptSite
 from graftune.sites.state import Active
-from graftune.sites.tasks import checked_tasks, tasks_of_rows
-from graftune.sites.woven import Woven
+from graftune.sites.static_caches import MaskMaker, fitted, make_room
+from graftune.sites.woven import Woven, is_empty
 
 MARK = "_graftune_prompt"
-"""Attribute of a cache that holds a prompt: the prompt, and how many tokens it came in with."""
+"""Attribute of a cache that holds a prompt: how it came in, a `CameIn`."""
 
 
-class EmbeddingSite(Site):
+@dataclass(frozen=True, eq=False)
+class CameIn:
+    """How a prompt came in.
+
+    Attributes:
+        woven: the prompt.
+        length: how many tokens it came in with.
+        missed_first: whether it is to follow the first token, and a row was padding alone.
+    """
+
+    woven: Woven
+    length: int
+    missed_first: bool
+
+
+class EmbeddingSite(PromptSite):
     """Deltas on the sequence of embedded tokens.
 
     Args:
@@ -49,14 +58,19 @@ class EmbeddingSite(Site):
 
     def __init__(self, active: Active) -> None:
         super().__init__(active)
-        self.kept = Kept()
         self.arguments: tuple[str, ...] = ()
         """Names of what the body takes, in order."""
         self.reads: tuple[str, ...] = ()
         """Those of the decoder that attends to its answer; empty without one."""
         self.table = PositionTable()
+        self.stack: str | None = None
+        """The kind of the host's stack, of an encoder-decoder."""
         self.reads_tasks = False
         """Whether `begin` is registered."""
+        self.takes_ids = False
+        """Whether the body takes ids alone: what their table answers is put in its place."""
+        self.maker: MaskMaker | None = None
+        """The model's own maker of masks, behind `masks_for_generate`."""
 
     def hook(self, host: nn.Module) -> None:
         """Registers `before` and `after`."""
@@ -66,13 +80,20 @@ class EmbeddingSite(Site):
             host.register_forward_pre_hook(self.before, with_kwargs=True),
             host.register_forward_hook(self.after),
         ]
+        self.takes_ids = "inputs_embeds" not in self.arguments
+        if self.takes_ids:
+            self.handles.append(_table(host).register_forward_hook(self.embed))
 
     def take(self, model: nn.Module, name: str, graft: Graft) -> None:
         """See `Site.take`: also follows the answer to the decoder that reads it."""
         assert isinstance(graft.place, EmbeddingPlace)
         assert isinstance(graft.delta, EmbeddingDelta)
         super().take(model, name, graft)
+        self.stack = graft.place.stack
         self.extend_reader(model, graft.place)
+        if self.maker is None and "past_key_values" in self.arguments and not self.reads:
+            self.maker = MaskMaker(model, self.masks_for_generate)
+            self.handles.append(self.maker)
         if graft.delta.tasks and not self.reads_tasks:
             self.reads_tasks = True
             self.handles += [
@@ -87,16 +108,24 @@ class EmbeddingSite(Site):
             self.reads = tuple(inspect.signature(decoder.forward).parameters)
             self.handles.append(decoder.register_forward_pre_hook(self.extend, with_kwargs=True))
 
+    def masks_for_generate(self, **given: Any) -> Any:
+        """Returns what `generate` gives a model with a cache of fixed size for a mask."""
+        assert self.maker is not None
+        holds_prompt = hasattr(given.get("past_key_values"), MARK)
+        if holds_prompt or self._lengthens_now():
+            return given.get("attention_mask")
+        return self.maker.before(**given)
+
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Takes `task_ids` out of what the whole model is given. A forward pre-hook of it."""
         if "task_ids" not in kwargs:
             return None
-        self.kept["tasks", thread_id()] = kwargs["task_ids"]
+        self.active.given["tasks", thread_id()] = kwargs["task_ids"]
         return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forgets a pass's `task_ids`. A forward hook of the whole model."""
-        self.kept.pop(("tasks", thread_id()), None)
+        self.active.given.pop(("tasks", thread_id()), None)
 
     def before(self, host: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Puts the prompt into what the body is given. A forward pre-hook.
@@ -104,7 +133,8 @@ class EmbeddingSite(Site):
         Raises:
             AdapterError: the body is given something that a prompt can't be put into.
         """
-        self.kept.pop(("woven", thread_id()), None)
+        for name in ("woven", "tokens"):
+            self.kept.pop((name, thread_id()), None)
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         past = 0 if cache is None else _length(cache)
@@ -125,13 +155,17 @@ class EmbeddingSite(Site):
         found = self.kept.pop(("woven", thread_id()), None)
         if found is None:
             return None
-        woven, at, length = found
+        came_in, at = found
         for value in _values(output):
             if hasattr(value, "get_seq_length"):
-                setattr(value, MARK, (woven, length))
+                setattr(value, MARK, came_in)
         if self.reads or self._keeps():
             return None
-        return shorter(host, output, woven, at, length)
+        return shorter(host, output, came_in.woven, at, came_in.length)
+
+    def embed(self, table: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Puts tokens, virtual ones too, in the place of what a table answers. A hook of it."""
+        return self.kept.pop(("tokens", thread_id()), None)
 
     def extend(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Lets a decoder's mask of what the encoder saw cover the prompt. A forward pre-hook.
@@ -156,10 +190,6 @@ class EmbeddingSite(Site):
             )
         at = woven.at(mask, len(mask), mask.device)
         return (), {**given, "encoder_attention_mask": woven.mask(mask, at)}
-
-    def _acts_now(self) -> bool:
-        plan = self.active.current()
-        return any(self.holds(steps) for steps, _ in plan.groups or ((plan.steps, ()),))
 
     def _marked(self, host: nn.Module, given: dict[str, Any], past: int) -> Tensor | None:
         """Returns the embedded tokens with virtual ones in markers' places; None without markers.
@@ -186,11 +216,18 @@ class EmbeddingSite(Site):
 
     def _embedded(self, given: dict[str, Any], tokens: Tensor, past: int) -> dict[str, Any]:
         """Returns arguments with embedded tokens instead of ids."""
-        rest, ids = dict(given), given["input_ids"]
-        del rest["input_ids"]
+        ids = given["input_ids"]
+        rest = {**given, **self._entering(ids, tokens)}
         if given.get("position_ids") is None and self.table.padding is not None:
             rest["position_ids"] = self._unpadded(ids, past)
-        return {**rest, "inputs_embeds": tokens}
+        return rest
+
+    def _entering(self, ids: Tensor, tokens: Tensor) -> dict[str, Any]:
+        """Returns the arguments that let embedded tokens in; `ids` are theirs if it takes ids."""
+        if not self.takes_ids:
+            return {"input_ids": None, "inputs_embeds": tokens}
+        self.kept["tokens", thread_id()] = tokens
+        return {"input_ids": ids}
 
     def _longer(
         self,
@@ -202,9 +239,12 @@ class EmbeddingSite(Site):
     ) -> dict[str, Any]:
         mask = given.get("attention_mask")
         check_mask(mask)
+        cache = given.get("past_key_values")
+        make_room(cache, host.config, woven.most)
         at = woven.at(mask, len(ids), ids.device)
         tokens = _tokens(host, ids) if tokens is None else tokens
-        changed: dict[str, Any] = {"inputs_embeds": woven.into(woven.prompt, tokens, at)}
+        longer = woven.into(_fill(host, ids, woven), ids, at) if self.takes_ids else ids
+        changed = self._entering(longer, woven.into(woven.prompt, tokens, at))
         limit = self.table.limit
         if limit is not None and ids.shape[1] + woven.most > limit:
             raise AdapterError(
@@ -214,8 +254,8 @@ class EmbeddingSite(Site):
         if mask is None and woven.lengths is not None:
             mask = torch.ones_like(ids)
         if mask is not None:
-            changed["attention_mask"] = woven.mask(mask, at)
-            masks.woven(given.get("attention_mask"), changed["attention_mask"])
+            changed["attention_mask"] = self._mask(woven.mask(mask, at), cache)
+            masks.woven(given.get("attention_mask"), changed["attention_mask"], self.stack)
         types = given.get("token_type_ids")
         if types is not None:
             none = types.new_zeros(len(ids), woven.most)
@@ -223,9 +263,13 @@ class EmbeddingSite(Site):
         positions = self._positions(given, ids, woven)
         if positions is not None:
             changed["position_ids"] = woven.positions(positions, at, mask)
-        self.kept["woven", thread_id()] = (woven, at, ids.shape[1])
-        rest = {name: value for name, value in given.items() if name != "input_ids"}
-        return {**rest, **changed}
+        missed = woven.is_after_first and mask is not None and bool(is_empty(mask).any())
+        self.kept["woven", thread_id()] = (CameIn(woven, ids.shape[1], missed), at)
+        return {**given, **changed}
+
+    def _mask(self, mask: Tensor, cache: Any) -> Tensor:
+        """Returns a mask of a cache's length, unless the body counts tokens in it."""
+        return mask if self.table.is_from_mask else fitted(mask, cache)
 
     def _positions(self, given: dict[str, Any], ids: Tensor, woven: Woven) -> Tensor | None:
         """Returns the positions that the base gives its tokens, None where it finds them itself."""
@@ -251,12 +295,11 @@ class EmbeddingSite(Site):
             return None
         return torch.arange(start, start + ids.shape[1], device=ids.device)[None]
 
-    def _continued(self, given: dict[str, Any], mark: Any) -> dict[str, Any]:
+    def _continued(self, given: dict[str, Any], mark: CameIn | None) -> dict[str, Any]:
         """Returns the arguments of a pass that goes on with a cache which may hold a prompt."""
         if mark is None:
             return given
-        woven: Woven = mark[0]
-        first: int = mark[1]  # tokens that the prompt came in with
+        woven = mark.woven
         changed: dict[str, Any] = {}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         check_mask(mask)
@@ -265,112 +308,29 @@ class EmbeddingSite(Site):
         if mask is None and woven.lengths is not None:
             mask = ids.new_ones(len(ids), known + ids.shape[1])
         if mask is not None:
-            at = woven.at(mask, len(mask), mask.device, first)
-            if woven.is_after_first and bool((at != woven.at(mask, len(mask), mask.device)).any()):
-                raise AdapterError(
-                    f"A prompt after the first token can't follow it where a row's first {first} "
-                    "tokens are padding alone: generate with a larger prefill_chunk_size."
-                )
-            changed["attention_mask"] = woven.mask(mask, at)
-            masks.woven(given.get("attention_mask"), changed["attention_mask"])
+            at = woven.at(mask, len(mask), mask.device, mark.length)
+            if mark.missed_first:
+                _check_first(mark, at, mask)
+            changed["attention_mask"] = self._mask(woven.mask(mask, at), given["past_key_values"])
+            masks.woven(given.get("attention_mask"), changed["attention_mask"], self.stack)
         if positions is None and woven.lengths is not None:
             positions = self._counted(known, ids)
         if positions is not None:
             changed["position_ids"] = woven.later(positions)
         return {**given, **changed}
 
-    def _woven(self, rows: int, device: torch.device, marker: int | None = None) -> Woven | None:
-        """Returns the active prompts of a batch, None for none.
 
-        Args:
-            rows: of the batch.
-            device: of the batch.
-            marker: which prompts: in the places of this token; None are those that lengthen rows.
-
-        Raises:
-            AdapterError: they can't act together.
-        """
-        plan = self.active.current()
-        given = self.kept.get(("tasks", thread_id()), plan.tasks)
-        tasks = tasks_of_rows(given, rows, device, plan.copies)
-        if plan.groups is None:
-            prompt = self._prompt(plan.steps, rows, tasks, marker)
-            is_after = self._is_after_first(plan.steps)
-            return None if prompt is None else Woven(prompt, None, is_after)
-        found: list[tuple[RowsAt, int, Tensor | None]] = []
-        for steps, at in self.mixed_rows(rows, device):
-            own = None if tasks is None else taken(tasks, at)
-            n = at.stop - at.start if isinstance(at, slice) else len(at)
-            found.append((at, n, self._prompt(steps, n, own, marker)))
-        some = [prompt for _, _, prompt in found if prompt is not None]
-        if not some:
-            return None
-        most = max(prompt.shape[1] for prompt in some)
-        after = self._is_after_first(tuple(step for steps, _ in plan.groups for step in steps))
-        prompts: list[tuple[RowsAt, Tensor]] = []
-        lengths: list[tuple[RowsAt, Tensor]] = []
-        for at, n, prompt in found:
-            own = some[0].new_zeros(n, 0, some[0].shape[2]) if prompt is None else prompt
-            prompts.append((at, F.pad(own, (0, 0, most - own.shape[1], 0))))
-            lengths.append((at, torch.full((n,), own.shape[1], device=device)))
-        differ = any(prompt is None or prompt.shape[1] < most for _, _, prompt in found)
-        return Woven(joined(prompts), joined(lengths) if differ else None, after)
-
-    def _prompt(
-        self, steps: Steps, rows: int, tasks: Tensor | None, marker: int | None
-    ) -> Tensor | None:
-        """Returns the virtual tokens of some steps one after the other, `(rows, m, width)`."""
-        parts: list[Tensor] = []
-        for step in steps:
-            if isinstance(step, str):
-                delta = self._modules.get(step)
-                if isinstance(delta, EmbeddingDelta) and delta.marker == marker:
-                    own = checked_tasks(tasks, delta.tasks, step) if delta.tasks else None
-                    parts.append(delta.prompt(own).expand(rows, -1, -1))
-            elif isinstance(step, Mean):
-                mean = self._mean(step, rows, tasks, marker)
-                parts += [] if mean is None else [mean]
-        return torch.cat(parts, dim=1) if parts else None
-
-    def _mean(
-        self, mean: Mean, rows: int, tasks: Tensor | None, marker: int | None
-    ) -> Tensor | None:
-        made = [(w, self._prompt(steps, rows, tasks, marker)) for w, steps in mean.branches]
-        lengths = [0 if prompt is None else prompt.shape[1] for _, prompt in made]
-        if len(set(lengths)) > 1:
-            raise AdapterError(
-                "Average takes prompts of one length, found members with "
-                f"{', '.join(map(str, lengths))} virtual tokens."
-            )
-        weighted = [weight * prompt for weight, prompt in made if prompt is not None]
-        return torch.stack(weighted).sum(0) if weighted else None
-
-    def _keeps(self) -> bool:
-        """Whether the active prompts stay in what the body answers."""
-        names = self.active.current().names
-        deltas: list[Any] = [self._modules[name] for name in names if name in self._modules]
-        found = {delta.stays for delta in deltas if delta.marker is None}
-        if len(found) > 1:
-            raise AdapterError(
-                "Prompts that act together must all stay in the answer, or none (stays=)."
-            )
-        return found.pop() if found else False
-
-    def _is_after_first(self, steps: Steps) -> bool:
-        names = [name for name in dict.fromkeys(names_in(steps)) if name in self._modules]
-        deltas: dict[str, Any] = {name: self._modules[name] for name in names}
-        found = {delta.is_after_first for delta in deltas.values() if delta.marker is None}
-        if len(found) > 1:
-            raise AdapterError(
-                f"The prompts {', '.join(names)} act together, so all must be in the same "
-                'position: "front" or "after-first".'
-            )
-        return found.pop() if found else False
+def _table(host: Any) -> nn.Module:
+    return host.get_input_embeddings()
 
 
 def _tokens(host: nn.Module, ids: Tensor) -> Tensor:
-    tables: Any = host
-    return tables.get_input_embeddings()(ids)
+    return _table(host)(ids)
+
+
+def _fill(host: Any, ids: Tensor, woven: Woven) -> Tensor:
+    """Returns ids for virtual tokens that end no text, `(B, M)`."""
+    return ids.new_full((len(ids), woven.most), int(host.config.eos_token_id == 0))
 
 
 def _length(cache: Any) -> int:
@@ -393,13 +353,23 @@ def _ids(given: dict[str, Any]) -> Tensor:
     return ids
 
 
+def _check_first(came_in: CameIn, at: Tensor, mask: Tensor) -> None:
+    """Raises AdapterError if a row's first token came after the prompt that was to follow it."""
+    if bool((at != came_in.woven.at(mask, len(mask), mask.device)).any()):
+        raise AdapterError(
+            "A prompt after the first token can't follow it where a row's first "
+            f"{came_in.length} tokens are padding alone: generate with a larger "
+            "prefill_chunk_size."
+        )
+
+
 def check_mask(mask: Any) -> None:
     """Raises AdapterError unless a mask is one of rows and tokens, or None."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise AdapterError(
-            f"A prompt takes an attention_mask of (rows, tokens), found {found}; static caches "
-            'make such masks, so generate with cache_implementation="dynamic".'
+            f"A prompt takes an attention_mask of (rows, tokens), found {found}; pass "
+            "the mask of tokens, or none."
         )
 
 
@@ -410,8 +380,19 @@ def _values(output: Any) -> Iterator[Any]:
         yield from dict(output).values()
 
 
-def shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int) -> Any:
-    """Returns a body's answer without the virtual tokens' hidden states."""
+def shorter(
+    host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int, *, pools: bool = False
+) -> Any:
+    """Returns a body's answer without the virtual tokens' hidden states.
+
+    Args:
+        host: the body.
+        output: its answer.
+        woven: the virtual tokens.
+        at: before which token of each row they came in.
+        length: how many real tokens there are.
+        pools: whether to pool once more, though the first token is where it was.
+    """
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -423,7 +404,7 @@ def shorter(host: nn.Module, output: Any, woven: Woven, at: Tensor, length: int)
         return tuple(map(cut, output))
     made = {name: cut(value) for name, value in output.items()}
     pooler: Any = host._modules.get("pooler")
-    moved = woven.lengths is not None or not woven.is_after_first
+    moved = pools or woven.lengths is not None or not woven.is_after_first
     if made.get("pooler_output") is not None and pooler is not None and moved:
         made["pooler_output"] = pooler(made["last_hidden_state"])  # of the first real token
     return type(output)(**made)

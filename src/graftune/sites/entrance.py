@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from graftune.anatomy import Anatomy
+from graftune.anatomy import Anatomy, Stack, table
 from graftune.anatomy.modules import leaf, parent
 from graftune.errors import SettingsError
 from graftune.sites.base import EmbeddingPlace, HiddenPlace, base_modules
 
+_TEXT = ("encoder", "decoder")
 _POSITIONS = re.compile(r"position_?embeddings?|embed_positions|wpe")
 
 
@@ -44,26 +46,75 @@ class PositionTable:
         return cls(table.num_embeddings - first, padding, "attention_mask" in reads)
 
 
-def entrance(method: str, model: nn.Module, anatomy: Anatomy) -> EmbeddingPlace:
-    """Returns where a model's prompt goes: of an encoder-decoder, into the encoder.
+def entrances(
+    method: str, model: nn.Module, anatomy: Anatomy, where: str | None = None
+) -> list[EmbeddingPlace]:
+    """Returns where a model's prompts go.
+
+    Args:
+        method: whose errors they are.
+        model: the base.
+        anatomy: what it is made of.
+        where: of an encoder-decoder, "encoder" (None), "decoder" or "both"; of CLIP, "text".
 
     Raises:
-        SettingsError: no module of it takes embeddings in place of ids.
+        SettingsError: no module there takes embeddings in place of ids, or it has no such stack.
     """
-    stacks = anatomy.stacks
-    is_text = bool(stacks) and all(stack.kind in ("encoder", "decoder") for stack in stacks)
-    wanted = {"input_ids", "inputs_embeds"}
-    body = above(model, stacks[0].blocks[0].path, wanted) if is_text else None
-    if body is None:
+    check_where(method, model, anatomy, where)
+    bodies = {stack.kind: _body(model, stack) for stack in anatomy.stacks}
+    first = next(iter(bodies), "")
+    if set(bodies) == {"text", "vision"} and where is None:
+        raise SettingsError(
+            f"{method}: this {type(model).__name__} has two towers: say which, with "
+            'where="text" or, of PromptTuning, where="vision".'
+        )
+    kinds = ("encoder", "decoder") if where == "both" else (where or first,)
+    found = [(kind, body) for kind in kinds if (body := bodies.get(kind)) is not None]
+    if len(found) < len(kinds):
         raise SettingsError(
             f"{method}: no module of this {type(model).__name__} takes embeddings in place of "
-            "token ids (inputs_embeds), so it can't be given virtual tokens."
+            f"token ids (inputs_embeds), so it can't be given virtual tokens.{_why(model, bodies)}"
         )
-    if len(stacks) == 1:
-        return EmbeddingPlace(body)
-    return EmbeddingPlace(
-        body, above(model, stacks[1].blocks[0].path, {"encoder_hidden_states", "inputs_embeds"})
-    )
+    if "decoder" not in bodies or len(bodies) == 1:
+        return [EmbeddingPlace(body) for _, body in found]
+    readers = {"encoder": bodies["decoder"]}
+    return [EmbeddingPlace(body, readers.get(kind), kind) for kind, body in found]
+
+
+def check_where(method: str, model: nn.Module, anatomy: Anatomy, where: str | None) -> None:
+    """Raises SettingsError unless a model of several stacks has the one that is named."""
+    kinds = [stack.kind for stack in anatomy.stacks]
+    named = {*kinds, "both"} if set(kinds) == {"encoder", "decoder"} else {*kinds}
+    if where is not None and (len(kinds) == 1 or where not in named):
+        raise SettingsError(
+            f'{method}: where is "{where}", which is for encoder-decoders and CLIP\'s towers; '
+            f"this {type(model).__name__} is made of {' and '.join(kinds) or 'no known stack'}."
+        )
+
+
+def _why(model: nn.Module, bodies: Mapping[str, str | None]) -> str:
+    """Returns what more there is to say of a model that can't be given virtual tokens."""
+    config: Any = getattr(model, "config", None)
+    if bodies.get("decoder") is not None:
+        return ' It reads sound, which has no tokens; its decoder can: where="decoder".'
+    if "text" in bodies and "vision" in bodies:
+        return ' PromptTuning can be put among the patches of its images: where="vision".'
+    if "vision" in bodies and hasattr(config, "window_size"):
+        return " Its blocks see windows of the grid of patches, where they would have no place."
+    if "vision" in bodies:
+        known = ", ".join(table.PATCH_PROMPTS)
+        return f" PromptTuning is known to fit among patches, in models of type {known}."
+    is_sound = getattr(model, "main_input_name", "") in ("input_features", "input_values")
+    return " It reads sound, which has no tokens." if is_sound else ""
+
+
+def _body(model: nn.Module, stack: Stack) -> str | None:
+    """Returns the module around a stack that takes tokens or their embeddings, None for none."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if stack.kind != "vision" and kind in table.TEXT_TOWERS:
+        return above(model, stack.blocks[0].path, {"input_ids"})
+    wanted = {"input_ids", "inputs_embeds"}
+    return above(model, stack.blocks[0].path, wanted) if stack.kind in _TEXT else None
 
 
 def takes_any_length(model: nn.Module, place: EmbeddingPlace | HiddenPlace) -> bool:

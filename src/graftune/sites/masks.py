@@ -77,11 +77,18 @@ def of_rows(at: RowsAt, batch: int) -> contextlib.AbstractContextManager[None]:
     return seen_as(replace(now, at=at, batch=batch))
 
 
-def woven(old: Any, new: Tensor) -> None:
-    """Puts the mask of a longer sequence in the place of the one it was made from."""
+def woven(old: Any, new: Tensor, stack: str | None = None) -> None:
+    """Puts the mask of a longer sequence in the place of the one it was made from.
+
+    Args:
+        old: the mask as it was given.
+        new: that of the longer sequence.
+        stack: whose it is; None where there is one stack alone.
+    """
     now = noted()
-    stack = next((stack for stack, mask in now.by_stack.items() if mask is old), None)
-    if stack is not None:
+    found = (name for name, mask in now.by_stack.items() if mask is old)
+    stack = next(found, None) if stack is None else stack
+    if stack in now.by_stack:
         _now.noted = replace(now, by_stack={**now.by_stack, stack: new}, found={})
 
 

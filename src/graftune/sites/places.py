@@ -41,6 +41,8 @@ class EmbeddingPlace(PlaceBeside):
     """The body: takes `input_ids` or `inputs_embeds`."""
     reader: str | None = None
     """The decoder that attends to what the body answers, of an encoder-decoder."""
+    stack: str | None = None
+    """The kind of its stack, of an encoder-decoder."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graftune.composition import AdapterDrop, Composition
 from graftune.sites import masks
+from graftune.sites.kept import Kept
 from graftune.sites.plan import Plan
 
 
@@ -68,6 +69,8 @@ class Active:
         self.plan = Plan.of(None)
         self.overridden = 0
         self.turn = Turn()
+        self.given = Kept()
+        """What a pass was given for sites alone."""
         self._counting = threading.Lock()
 
     def set(

@@ -50,7 +50,7 @@ class Woven:
             return torch.full((rows, 1), after, device=device)
         mask = mask[:, :known]
         at = (mask != 0).int().argmax(dim=1, keepdim=True) + after
-        return at.masked_fill(_is_empty(mask), mask.shape[1])
+        return at.masked_fill(is_empty(mask), mask.shape[1])
 
     def into(self, virtual: Tensor, tokens: Tensor, at: Tensor) -> Tensor:
         """Returns what is said of virtual tokens and of real ones as one sequence.
@@ -87,7 +87,7 @@ class Woven:
         last = tokens.shape[1] - 1
         start = tokens.gather(1, at.clamp(max=last)) + (at > last)
         if mask is not None:
-            start = start.masked_fill(_is_empty(mask), 0)
+            start = start.masked_fill(is_empty(mask), 0)
         virtual = torch.arange(self.most, device=at.device) - self._fill(at)
         return self.into(start + virtual.clamp(min=0), self.later(tokens, place >= at), at)
 
@@ -102,7 +102,7 @@ class Woven:
         return self.most - self.lengths[:, None]
 
 
-def _is_empty(mask: Tensor) -> Tensor:
+def is_empty(mask: Tensor) -> Tensor:
     """Returns which rows of a mask are padding alone, `(B, 1)`."""
     return (mask == 0).all(dim=1, keepdim=True)
 

@@ -29,10 +29,10 @@ class _PTuning(EmbeddedType):
 
     def obstacle(self, adapter: Adapter) -> str | None:
         """See `PeftType.obstacle`."""
-        [graft] = embedded(adapter.grafts)
-        if not isinstance(graft.delta, Prompt):
+        deltas = [graft.delta for graft in embedded(adapter.grafts)]
+        if not all(isinstance(delta, Prompt) for delta in deltas):
             return "HF PEFT keeps no encoder of prompts, and this one is in use (adapter.finish())"
-        if graft.delta.marker is not None:
+        if any(delta.marker is not None for delta in deltas):
             return "HF PEFT puts prompts in front, and this one goes where its marker stands"
         return super().obstacle(adapter)
 
