@@ -72,7 +72,7 @@ def as_prefix(
 
 def _of_heads(adapter: Adapter) -> set[str]:
     """Returns the names of what an adapter has beside its prompt."""
-    prompt = {name for name, _ in embedded(adapter).tensors()}
+    prompt = {name for name, _ in embedded(adapter)[0].tensors()}
     return {name for name, _ in adapter.named_tensors()} - prompt
 
 
@@ -80,7 +80,7 @@ def _prefix(adapter: Adapter, task: int | str | None) -> tuple[PrefixTuning, dic
     """Returns the prefix's settings and its tensors."""
     _check(adapter, task)
     model, tokens = adapter.model, prompt_of(adapter, task)
-    place: Any = embedded(adapter).place
+    place: Any = embedded(adapter)[0].place
     body: Any = model.get_submodule(place.module)
     with state_of(model).active.pinned(Plan.of(None)):
         dtype = next(body.parameters()).dtype
@@ -112,7 +112,7 @@ def _check(adapter: Adapter, task: int | str | None) -> None:
             f"this {type(model).__name__} isn't a decoder alone, and elsewhere a prompt sees the "
             "text, so that what is kept of it isn't the same for every text",
         )
-    graft = embedded(adapter)
+    graft = embedded(adapter)[0]
     delta: Any = graft.delta
     assert isinstance(delta, EmbeddingDelta)
     if (

@@ -171,7 +171,7 @@ def _from(at: Any, rows: int, length: int, cache: Any, device: torch.device) -> 
     """Returns how many of a pass's last tokens see infixes if the answer begins at `at`."""
     past = 0 if cache is None else int(cache.get_seq_length())
     mark = getattr(cache, MARK, None)
-    known = past + length - (0 if mark is None or not past else mark[0].most)
+    known = past + length - (0 if mark is None or not past else mark.woven.most)
     if isinstance(at, int) and at >= 0:
         return min(max(known - at + 1, 0), length)
     found = torch.as_tensor(at, device=device).reshape(-1)
