@@ -241,6 +241,18 @@ MADE: dict[str, Callable[..., st.SearchStrategy[Method]]] = {
         layers=layers,
         seed=st.integers(0, 2**31 - 1),
     ),
+    "LadderSideTuning": lambda: st.builds(
+        gt.LadderSideTuning,
+        reduction=st.integers(1, 64),
+        drop=st.lists(st.integers(0, 40), max_size=4),
+        init=st.sampled_from(["magnitude", "fisher", "random"]),
+        samples=st.integers(1, 4096),
+        temperature=st.floats(1e-3, 10),
+        ending=st.sampled_from(["replace", "add"]),
+        dropout=st.none() | st.floats(0, 1, exclude_max=True),
+        trunk_dropout=st.booleans(),
+        train_head=heads,
+    ),
 }
 
 

@@ -139,7 +139,10 @@ def a_delta(method: BottleneckMethod, width: int = 16, k: int = 4) -> Bottleneck
     """Returns a delta by itself, off its start, in eval mode."""
     delta = method.delta(width, k, {})
     if method.gate is not None:
-        delta.add_module("gate", Gate(method.gate, "encoder", width, {}))
+        gate = Gate(method.gate, "encoder", width, {})
+        for tensor in gate.parameters():  # else what memory held
+            torch.nn.init.zeros_(tensor)
+        delta.add_module("gate", gate)
     torch.manual_seed(0)
     delta.start("bert")
     with torch.no_grad():

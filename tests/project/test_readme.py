@@ -111,7 +111,7 @@ def test_the_python_example_is_fifteen_lines() -> None:
 
 
 def test_the_table_of_methods_names_methods_that_exist() -> None:
-    rows = re.findall(r"^\| \[`(\w+)`\]", README.read_text("utf-8"), re.M)
+    rows = re.findall(r"^\| \[`(\w+)`\]\(docs/reference/methods", README.read_text("utf-8"), re.M)
     assert {"LoRA", "BitFit", "FullFineTuning"} <= set(rows) <= set(methods())
 
 
