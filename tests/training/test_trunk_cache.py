@@ -170,6 +170,8 @@ def test_half_the_bytes_are_near(tmp_path: Path) -> None:
         ("bert", gt.LoRA(r=2), "in the lowest block"),
         ("bert", gt.PromptTuning(length=2), "acts at bert, below the blocks"),
         ("bart", TOP, "beside a side network"),
+        ("bert", gt.FullFineTuning(), "trains the model itself"),
+        ("bert", gt.FullFineTuning(keep_base=True), "below the blocks|lowest block"),
         ("bert", gt.LadderSideTuning(reduction=2, trunk_dropout=True), "trunk_dropout"),
     ],
 )
@@ -181,6 +183,14 @@ def test_what_is_not_the_same_in_every_epoch_is_refused(
     with pytest.raises(TrainingError, match=f"No trunk cache: .*{words}"):
         TrunkCache(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_block_thawed_by_hand_is_refused(tmp_path: Path) -> None:
+    model, _ = batch_of("bert")
+    gt.attach(model, TOP)
+    model.get_parameter("bert.encoder.layer.0.output.dense.bias").requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"layer.0.output.dense.bias trains, below the cut"):
+        TrunkCache(model, tmp_path)
 
 
 def test_dropout_below_is_a_reason_unless_it_is_to_be_off(tmp_path: Path) -> None:

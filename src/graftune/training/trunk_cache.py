@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from graftune.anatomy.modules import is_in, parent, within
 from graftune.attached import Grafts, plain_model, state_of
 from graftune.errors import TrainingError
-from graftune.sites.base import TrunkDelta, base_modules
+from graftune.sites.base import TrunkDelta, base_modules, is_base
 from graftune.sites.placing import block_of
 from graftune.training.trunk_store import TrunkStore
 
@@ -213,6 +213,8 @@ def cut_of(model: nn.Module, *, still: bool = False) -> Cut | str:
     lowest = state.anatomy.depth
     for name in names:
         adapter = state.adapters[name]
+        if adapter.method.trains_in_place:
+            return f'"{name}" trains the model itself'
         for graft in adapter.grafts:
             if isinstance(graft.delta, TrunkDelta):
                 sides += 1
@@ -224,6 +226,9 @@ def cut_of(model: nn.Module, *, still: bool = False) -> Cut | str:
                     return f'"{name}" acts at {graft.place.module or "the model"}, below the blocks'
                 lowest = min(lowest, layer)
     stacks = state.anatomy.stacks
+    trained = _trained_below(model, [b.path for b in state.anatomy.blocks if b.position < lowest])
+    if trained is not None:
+        return f"{trained} trains, below the cut"
     if lowest == 0:
         return "an adapter acts in the lowest block"
     if sides:
@@ -236,6 +241,16 @@ def cut_of(model: nn.Module, *, still: bool = False) -> Cut | str:
     if rates:
         return f"the blocks drop out in training ({', '.join(rates)}), each time otherwise"
     return Cut((tuple(b.path for b in stacks[0].blocks[:lowest]),), False)
+
+
+def _trained_below(model: nn.Module, blocks: list[str]) -> str | None:
+    """Returns a tensor of the base's own that trains in some blocks, or None."""
+    named = ((name, p) for path in blocks for name, p in _named(model, path) if p.requires_grad)
+    return next((name for name, _ in named if is_base(name)), None)
+
+
+def _named(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.get_submodule(path).named_parameters(prefix=path)
 
 
 def _dropouts(model: nn.Module) -> list[str]:
