@@ -12,6 +12,7 @@ from graftune.activating import using
 from graftune.attached import Adapter, state_of
 from graftune.composition import check_names
 from graftune.errors import AdapterError, SettingsError
+from graftune.methods._batches import evaluating
 from graftune.methods.fusion import AdapterFusion, FusionDelta, fusions
 
 
@@ -40,16 +41,11 @@ def fusion_weights(
         for place, layer in layers.items()
     }
     tokens = dict.fromkeys(layers, 0)
-    was_training = model.training
-    model.eval()
-    try:
-        with using(model, name, drop=drop), torch.no_grad():
-            for batch in data:
-                for place, weights in _seen(model, layers, batch).items():
-                    sums[place][layers[place].kept] += weights.sum(0).to(sums[place])
-                    tokens[place] += len(weights)
-    finally:
-        model.train(was_training)
+    with evaluating(model), using(model, name, drop=drop), torch.no_grad():
+        for batch in data:
+            for place, weights in _seen(model, layers, batch).items():
+                sums[place][layers[place].kept] += weights.sum(0).to(sums[place])
+                tokens[place] += len(weights)
     measured = {place: layer for place, layer in layers.items() if tokens[place]}
     if not measured:
         raise SettingsError(

@@ -18,6 +18,7 @@ from graftune.anatomy import Anatomy
 from graftune.attached import Adapter, state_of
 from graftune.composition import check_names
 from graftune.errors import AdapterError, SettingsError
+from graftune.methods._batches import evaluating
 from graftune.methods._gate import Gate
 from graftune.methods._hybrid import Hybrid
 from graftune.methods.base import HeatMap
@@ -61,15 +62,10 @@ def gates(
     """
     adapter = _gated(model, name)
     seen: dict[str, list[Tensor]] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with using(model, name, drop=drop), torch.no_grad():
-            for batch in data:
-                for place, values in _of_batch(model, adapter, batch, drop).items():
-                    seen.setdefault(place, []).append(values)
-    finally:
-        model.train(was_training)
+    with evaluating(model), using(model, name, drop=drop), torch.no_grad():
+        for batch in data:
+            for place, values in _of_batch(model, adapter, batch, drop).items():
+                seen.setdefault(place, []).append(values)
     if not seen:
         raise SettingsError(
             f"gates needs one batch or more and gates that act, found none (drop is {drop})."

@@ -50,6 +50,12 @@ class Settings:
         return next((int(value) for value in found if isinstance(value, int)), 0)
 
 
+def head_size(attention: Any) -> int:
+    """Returns the features of one of an attention's heads, 0 where it doesn't say."""
+    names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+    return Settings(attention)(*names)
+
+
 def _sizes(roles: tuple[Role, ...], outputs: int, heads_width: int | None) -> list[int]:
     if roles == QKV and heads_width is not None and heads_width < outputs:
         return [heads_width, *[(outputs - heads_width) // 2] * 2]

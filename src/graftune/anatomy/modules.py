@@ -79,6 +79,14 @@ def within(path: str, ancestor: str) -> bool:
     return not ancestor or path == ancestor or path.startswith(ancestor + ".")
 
 
+def body_around(model: nn.Module, path: str) -> str:
+    """Returns the nearest module around `path` that is a model of transformers by itself."""
+    path = parent(path)
+    while path and not hasattr(model.get_submodule(path), "save_pretrained"):
+        path = parent(path)
+    return path
+
+
 def is_in(path: str, modules: Iterable[str]) -> bool:
     """Whether a module or tensor is one of `modules`, or below one that isn't the root.
 

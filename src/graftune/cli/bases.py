@@ -19,13 +19,6 @@ _TASKS = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
 }
-_OURS = {
-    "classification": "classification",
-    "instruct": "causal-lm",
-    "choices": "lm",
-    "labelling": "token-classification",
-    "spans": "question-answering",
-}
 
 
 def load_base_of(folder: Path, base: str | None) -> Base:
@@ -39,6 +32,7 @@ def load_base_of(folder: Path, base: str | None) -> Base:
         FormatError: The directory doesn't say its base, or is no adapter's.
     """
     from graftune.tasks.models import LABELLED, load_base
+    from graftune.tasks.task import tasks
 
     config = _read(folder / "adapter_config.json")
     if config is None:
@@ -47,7 +41,8 @@ def load_base_of(folder: Path, base: str | None) -> Base:
     spec = base or ours.get("base") or config.get("base_model_name_or_path")
     if not spec:
         raise FormatError(f'"{folder}" names no base model; say which with --base.')
-    task = _OURS.get(str(ours.get("task"))) or _TASKS.get(str(config.get("task_type")))
+    own = tasks().get(str(ours.get("task")))
+    task = own.model_task if own is not None else _TASKS.get(str(config.get("task_type")))
     labels = (ours.get("labels") or _labels(folder)) if task in LABELLED else None
     loaded = load_base(str(spec), task or "causal-lm", labels=labels)
     if ours.get("chat_template"):

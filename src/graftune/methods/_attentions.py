@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graftune.anatomy import Anatomy, Block, Projection, Span, table
-from graftune.anatomy.fused import Settings
+from graftune.anatomy.fused import head_size
 from graftune.anatomy.layers import pick_layers
 from graftune.anatomy.modules import parent
 from graftune.errors import SettingsError
@@ -86,7 +86,7 @@ def _attention(method: str, model: nn.Module, span: Span, group: str, model_type
     if model_type not in table.OWN_SOFTMAX:
         _check_asks(method, path, host)
     width, keys, values = (_width(model, part) for part in (query, key, value))
-    size = Settings(host)("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+    size = head_size(host)
     return Attention(
         AttentionPlace(path, span.kind, biases=_biases(model, path)),
         group,

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftune.anatomy import Block, Projection, Span, anatomy
-from graftune.anatomy.fused import Settings
+from graftune.anatomy import Block, Projection, Span
+from graftune.anatomy.fused import head_size
 from graftune.anatomy.modules import parent
 from graftune.errors import SettingsError
+from graftune.methods._side import Narrow
 from graftune.sites import hosts
 
 Importance = Callable[[str, Tensor], Tensor]
@@ -35,7 +36,7 @@ def prune_into(
     method: str,
     model: nn.Module,
     blocks: Sequence[Block],
-    body: nn.Module,
+    narrow: Narrow,
     by: int,
     importance: Importance,
 ) -> None:
@@ -45,24 +46,24 @@ def prune_into(
         method: for errors.
         model: whose blocks are pruned.
         blocks: those that the body has a block for.
-        body: of the same class, each width divided.
+        narrow: of the same class, each width divided.
         by: what widths are divided by.
         importance: of a tensor's entries.
 
     Raises:
         SettingsError: weights that are quantised, or experts'.
     """
-    own = anatomy(body).stacks[0].blocks
+    body, own = narrow
     for block in blocks:
         _check(method, model, block)
     kept = _top(sum(_residual(model, block, importance) for block in blocks), own[0].width)
     rotated = any("rotary" in name for name, _ in body.named_modules())
     with torch.no_grad():
-        for wide, narrow in zip(blocks, own, strict=True):
-            for one, other in zip(wide.spans, narrow.spans, strict=True):
+        for wide, small in zip(blocks, own, strict=True):
+            for one, other in zip(wide.spans, small.spans, strict=True):
                 inner = _inner(model, one, by, importance, rotated)
                 _copy_span(model, one, body, other, kept, inner)
-            _copy_rest(model, wide, body, narrow, kept, by)
+            _copy_rest(model, wide, body, small, kept, by)
 
 
 def _check(method: str, model: nn.Module, block: Block) -> None:
@@ -82,18 +83,15 @@ def _check(method: str, model: nn.Module, block: Block) -> None:
 
 def _weight(model: nn.Module, part: Projection) -> Tensor:
     """Returns a role's rows of a weight, `(out, in)`."""
-    host = model.get_submodule(part.module)
-    weight = hosts.read(host).detach()
-    return weight if part.rows is None else weight[hosts.row_index(part.rows, weight.device)]
+    weight = hosts.read(model.get_submodule(part.module)).detach()
+    return weight[_rows(part, weight.device)]
 
 
 def _scores(model: nn.Module, part: Projection, importance: Importance) -> Tensor:
     """Returns how much each entry of a role's rows matters, `(out, in)`, float32."""
     host: Any = model.get_submodule(part.module)
     found = hosts.oriented(host, importance(f"{part.module}.weight", host.weight.detach()))
-    if part.rows is not None:
-        found = found[hosts.row_index(part.rows, found.device)]
-    return found.float()
+    return found[_rows(part, found.device)].float()
 
 
 def _residual(model: nn.Module, block: Block, importance: Importance) -> Tensor:
@@ -111,30 +109,21 @@ def _inner(
     model: nn.Module, span: Span, by: int, importance: Importance, rotated: bool
 ) -> dict[str, Tensor]:
     """Returns which inner features of a span stay, by role."""
-    if span.kind == "ffn":
-        parts = span.roles("up", "gate", "down")
-        scores = [
-            _scores(model, part, importance).sum(1 if part.role in _READS else 0) for part in parts
-        ]
-        kept = _top(torch.stack(scores).sum(0), len(scores[0]) // by)
-        return {part.role: kept for part in parts}
-    parts = span.roles("query", "key", "value", "output")
-    size = _head_size(model, span)
+    roles = ("up", "gate", "down") if span.kind == "ffn" else ("query", "key", "value", "output")
+    parts = span.roles(*roles)
     scores = [
         _scores(model, part, importance).sum(1 if part.role in _READS else 0) for part in parts
     ]
+    if span.kind == "ffn":
+        kept = _top(torch.stack(scores).sum(0), len(scores[0]) // by)
+        return {part.role: kept for part in parts}
+    size = head_size(model.get_submodule(parent(parts[0].module)))
     total = torch.stack([one.view(-1, size).sum(0) for one in scores]).sum(0)
     places = torch.arange(0, size, by, device=total.device) if rotated else _top(total, size // by)
     return {
         part.role: (torch.arange(0, len(one), size, device=one.device)[:, None] + places).flatten()
         for part, one in zip(parts, scores, strict=True)
     }
-
-
-def _head_size(model: nn.Module, span: Span) -> int:
-    attention: Any = model.get_submodule(parent(span.roles("query")[0].module))
-    names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
-    return int(Settings(attention)(*names))
 
 
 def _top(scores: Any, count: int) -> Tensor:
@@ -163,11 +152,11 @@ def _copy_span(
         source: Any = model.get_submodule(part.module)
         if isinstance(getattr(host, "bias", None), Tensor):
             bias = source.bias.detach()
-            bias = bias if part.rows is None else bias[hosts.row_index(part.rows, bias.device)]
-            host.bias[at] = bias[rows].to(host.bias)
+            host.bias[at] = bias[_rows(part, bias.device)][rows].to(host.bias)
 
 
 def _rows(part: Projection, device: Any) -> Any:
+    """Returns what picks a role's rows out of its module's."""
     return slice(None) if part.rows is None else hosts.row_index(part.rows, device)
 
 
@@ -176,11 +165,11 @@ def _copy_rest(
 ) -> None:
     """Copies norms and what else a block has: vectors of the residual stream, and equal shapes."""
     done = {f"{part.module}." for span in narrow.spans for part in span.projections}
-    host = model.get_submodule(wide.path)
+    sources = dict(model.get_submodule(wide.path).named_parameters())
     for name, tensor in body.get_submodule(narrow.path).named_parameters():
         if any(f"{narrow.path}.{name}".startswith(path) for path in done):
             continue
-        source = dict(host.named_parameters()).get(name)
+        source = sources.get(name)
         if source is None:
             continue
         if source.shape == tensor.shape:

@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftune.anatomy import Anatomy, Stack, anatomy, table
+from graftune.anatomy import Anatomy, Block, Stack, anatomy, table
 from graftune.anatomy.modules import is_embedding, is_in
 from graftune.errors import SettingsError
 from graftune.sites.base import TrunkDelta
@@ -30,8 +30,6 @@ class Ladder(TrunkDelta):
         body: the narrow model; of it, blocks and what they and their answer need are trained.
         gates: alpha of every block of the trunk, `(L,)`; those of dropped blocks do nothing.
     """
-
-    resumes = ()
 
     def __init__(
         self, body: nn.Module, shape: SideShape, temperature: float, *, adds: bool, dropout: bool
@@ -62,9 +60,11 @@ class Ladder(TrunkDelta):
 
     def side_states(self, hidden: list[Tensor], given: dict[str, Any]) -> Tensor:
         """See `TrunkDelta.side_states`."""
-        for module in self.body.modules():  # narrow: what it keeps is less than what it would redo
+        for module in self.body.modules() if self.training else ():
             if module.__dict__.get("gradient_checkpointing"):
-                module.__dict__["gradient_checkpointing"] = False
+                module.__dict__["gradient_checkpointing"] = (
+                    False  # it would redo more than it saves
+                )
         self.kept["rung", thread_id()] = [0, hidden]
         try:
             return self.body(**given).last_hidden_state
@@ -168,19 +168,20 @@ def narrow_config(
 
 def _check_heads(method: str, plain: dict[str, Any], by: int) -> None:
     """Raises SettingsError where a narrow hidden state isn't a whole number of heads."""
-    if any(isinstance(plain.get(name), int) for name in ("d_kv", "head_dim")):
-        return
-    for name, heads in _heads(plain):
-        width = _width_of(plain)
-        if (width // by) % heads:
+    width = _width_of(plain) // by
+    for name, heads in _heads(plain).items():
+        if width % heads:
             raise SettingsError(
-                f"{method}: reduction is {by}, which leaves a width of {width // by} for the "
-                f"{heads} heads of {name}; {_suggested(plain)}"
+                f"{method}: reduction is {by}, which leaves a width of {width} for the {heads} "
+                f"heads of {name}; {_suggested(plain)}"
             )
 
 
-def _heads(plain: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(k, v) for k, v in plain.items() if k in table.HEADS and isinstance(v, int)]
+def _heads(plain: dict[str, Any]) -> dict[str, int]:
+    """Returns into how many heads a state is cut, by setting; {} where heads have a width."""
+    if any(isinstance(plain.get(name), int) for name in ("d_kv", "head_dim")):
+        return {}
+    return {k: v for k, v in plain.items() if k in table.HEADS and isinstance(v, int)}
 
 
 def _width_of(plain: dict[str, Any]) -> int:
@@ -190,18 +191,23 @@ def _width_of(plain: dict[str, Any]) -> int:
 def _suggested(plain: dict[str, Any]) -> str:
     """Returns a sentence that names reductions that fit."""
     widths = [v for k, v in plain.items() if k in table.WIDTHS and isinstance(v, int) and v]
-    has_heads = any(isinstance(plain.get(name), int) for name in ("d_kv", "head_dim"))
-    heads = [1] if has_heads else [count for _, count in _heads(plain)] or [1]
+    heads, width = _heads(plain).values(), _width_of(plain)
     fits = [
         by
         for by in range(1, 65)
-        if all(w % by == 0 for w in widths)
-        and all((_width_of(plain) // by) % count == 0 for count in heads)
+        if all(one % by == 0 for one in widths) and all((width // by) % n == 0 for n in heads)
     ]
     return f"what divides is {', '.join(map(str, fits))}."
 
 
-def side_body(model: nn.Module, host: str, config: Any, device: Any) -> nn.Module:
+class Narrow(NamedTuple):
+    """The body of a side."""
+
+    body: nn.Module
+    blocks: tuple[Block, ...]
+
+
+def side_body(model: nn.Module, host: str, config: Any, device: Any) -> Narrow:
     """Returns a body of the same class from a narrow config, what never trains in it set aside."""
     kind: Any = type(model.get_submodule(host))
     with torch.device(device):
@@ -216,7 +222,7 @@ def side_body(model: nn.Module, host: str, config: Any, device: Any) -> nn.Modul
                     del module._parameters[name]
                     module.register_buffer(name, tensor.detach(), persistent=False)
         module._non_persistent_buffers_set.update(module._buffers)
-    return body
+    return Narrow(body, found.blocks)
 
 
 def _trains(path: str, module: nn.Module, found: Anatomy, inside: tuple[str, ...]) -> bool:
@@ -228,9 +234,8 @@ def _trains(path: str, module: nn.Module, found: Anatomy, inside: tuple[str, ...
     return path in found.norms and _BEFORE.search(path) is None
 
 
-def shape_of(stack: Stack, body: nn.Module, layers: Sequence[int], *, has_end: bool) -> SideShape:
+def shape_of(stack: Stack, narrow: Narrow, layers: Sequence[int], *, has_end: bool) -> SideShape:
     """Returns the shape of a side's body beside a stack."""
-    own = anatomy(body).stacks[0]
-    paths = tuple(block.path for block in own.blocks)
-    width, trunk = own.blocks[0].width, stack.blocks[0].width
+    paths = tuple(block.path for block in narrow.blocks)
+    width, trunk = narrow.blocks[0].width, stack.blocks[0].width
     return SideShape(width, trunk, len(stack.blocks), tuple(layers), paths, has_end)

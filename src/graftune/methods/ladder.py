@@ -21,12 +21,12 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy, Stack
-from graftune.anatomy.modules import parent
+from graftune.anatomy.modules import body_around
 from graftune.errors import SettingsError
 from graftune.methods._batches import batches, evaluating
 from graftune.methods._fisher import rows_of, squared_gradients
 from graftune.methods._pruning import Importance, magnitude, prune_into
-from graftune.methods._side import Ladder, narrow_config, shape_of, side_body
+from graftune.methods._side import Ladder, Narrow, narrow_config, shape_of, side_body
 from graftune.methods.base import Method, register
 from graftune.sites.base import Graft, TrunkPlace
 
@@ -139,7 +139,7 @@ class LadderSideTuning(Method):
         total = 0
         for body in self._bodies(model, anatomy):
             layers, narrow = self._narrow(model, body, "meta")
-            own = sum(tensor.numel() for tensor in narrow.parameters())
+            own = sum(tensor.numel() for tensor in narrow.body.parameters())
             d = body.stack.blocks[0].width
             n = d // self.reduction
             total += own + (1 + len(layers)) * (n * d + n) + len(body.stack.blocks)
@@ -155,7 +155,7 @@ class LadderSideTuning(Method):
             prune_into(self.name, model, blocks, narrow, self.reduction, importance)
         shape = shape_of(body.stack, narrow, layers, has_end=not body.feeds_decoder)
         delta = Ladder(
-            narrow,
+            narrow.body,
             shape,
             self.temperature,
             adds=self.ending == "add",
@@ -164,9 +164,7 @@ class LadderSideTuning(Method):
         paths = tuple(block.path for block in body.stack.blocks)
         return Graft(TrunkPlace(body.path, paths, body.feeds_decoder), delta)
 
-    def _narrow(
-        self, model: nn.Module, body: Body, device: Any
-    ) -> tuple[tuple[int, ...], nn.Module]:
+    def _narrow(self, model: nn.Module, body: Body, device: Any) -> tuple[tuple[int, ...], Narrow]:
         """Returns the positions that the side has blocks for, and its body."""
         depth = len(body.stack.blocks)
         layers = tuple(at for at in range(depth) if at not in self.drop)
@@ -183,9 +181,7 @@ class LadderSideTuning(Method):
             )
         for stack in anatomy.stacks:
             self._check_stack(stack)
-            path = parent(stack.path)
-            while path and not hasattr(model.get_submodule(path), "save_pretrained"):
-                path = parent(path)
+            path = body_around(model, stack.path)
             yield Body(path, stack, stack.kind == "encoder" and len(kinds) == 2)
 
     def _check_stack(self, stack: Stack) -> None:

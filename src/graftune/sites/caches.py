@@ -1,13 +1,20 @@
-"""What a causal decoder keeps of tokens: the keys and values of every attention, rotated."""
+"""Caches in what a body answers, and what one keeps of tokens: keys and values, rotated."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Kept = tuple[Tensor, Tensor]
+
+
+def caches_in(output: Any) -> Iterator[Any]:
+    """Yields the caches among what a body answers: one, or none."""
+    values = output if isinstance(output, tuple | list) else dict(output).values()
+    return (value for value in values if hasattr(value, "get_seq_length"))
 
 
 @torch.no_grad()

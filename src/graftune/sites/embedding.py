@@ -12,7 +12,6 @@ is marked, and passes that go on with it count the prompt in.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from graftune.errors import AdapterError
 from graftune.sites import masks
 from graftune.sites.base import EmbeddingDelta, EmbeddingPlace, Graft
+from graftune.sites.caches import caches_in
 from graftune.sites.entrance import PositionTable
 from graftune.sites.kept import thread_id
 from graftune.sites.marked import filled
@@ -156,9 +156,8 @@ class EmbeddingSite(PromptSite):
         if found is None:
             return None
         came_in, at = found
-        for value in _values(output):
-            if hasattr(value, "get_seq_length"):
-                setattr(value, MARK, came_in)
+        for cache in caches_in(output):
+            setattr(cache, MARK, came_in)
         if self.reads or self._keeps():
             return None
         return shorter(host, output, came_in.woven, at, came_in.length)
@@ -371,13 +370,6 @@ def check_mask(mask: Any) -> None:
             f"A prompt takes an attention_mask of (rows, tokens), found {found}; pass "
             "the mask of tokens, or none."
         )
-
-
-def _values(output: Any) -> Iterator[Any]:
-    if isinstance(output, tuple | list):
-        yield from output
-    else:
-        yield from dict(output).values()
 
 
 def shorter(

@@ -10,37 +10,35 @@ MARK = "_graftune_sides"
 """Attribute of a trunk's cache: the caches of its sides, by adapter."""
 
 
-class SideCaches:
-    """Finds or makes the cache of an adapter's side."""
+def side_cache(cache: Any, name: str, config: Any, length: int) -> Any:
+    """Returns the cache of an adapter's side that goes with a trunk's, a new one at first.
 
-    def of(self, cache: Any, name: str, config: Any, length: int) -> Any:
-        """Returns the side's cache that goes with a trunk's.
+    Args:
+        cache: the trunk's, this pass's tokens in it.
+        name: the adapter's.
+        config: of its side.
+        length: how many tokens this pass has.
 
-        Args:
-            cache: the trunk's, this pass's tokens in it.
-            name: the adapter's.
-            config: of its side.
-            length: how many tokens this pass has.
+    Raises:
+        AdapterError: the cache holds tokens that this adapter's side never saw.
+    """
+    held: dict[str, Any] = cache.__dict__.setdefault(MARK, {})
+    if name not in held:
+        seen = int(cache.get_seq_length()) - length
+        if seen > 0:
+            raise AdapterError(
+                f'The cache holds {seen} tokens that the side of "{name}" did not see: start '
+                "a new cache when the active adapter changes."
+            )
+        held[name] = _beside(cache, config)
+    return held[name]
 
-        Raises:
-            AdapterError: the cache holds tokens that this adapter's side never saw.
-        """
-        held: dict[str, Any] = cache.__dict__.setdefault(MARK, {})
-        if name not in held:
-            seen = int(cache.get_seq_length()) - length
-            if seen > 0:
-                raise AdapterError(
-                    f'The cache holds {seen} tokens that the side of "{name}" did not see: start '
-                    "a new cache when the active adapter changes."
-                )
-            held[name] = _beside(cache, config)
-        return held[name]
 
-    def join(self, cache: Any, side: Any) -> None:
-        """Lets a trunk's cache reorder, crop and repeat the layers of a side's with its own."""
-        for trunk_part, side_part in zip(_parts(cache), _parts(side), strict=True):
-            known = {id(layer) for layer in trunk_part.layers}
-            trunk_part.layers.extend(la for la in side_part.layers if id(la) not in known)
+def join(cache: Any, side: Any) -> None:
+    """Lets a trunk's cache reorder, crop and repeat the layers of a side's with its own."""
+    for trunk_part, side_part in zip(_parts(cache), _parts(side), strict=True):
+        known = {id(layer) for layer in trunk_part.layers}
+        trunk_part.layers.extend(la for la in side_part.layers if id(la) not in known)
 
 
 def _parts(cache: Any) -> tuple[Any, ...]:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from graftune.composition import Steps
 from graftune.errors import AdapterError
 from graftune.sites.base import Graft, Site, TrunkDelta, TrunkPlace, branched
+from graftune.sites.caches import caches_in
 from graftune.sites.kept import Kept, first, thread_id
 from graftune.sites.plan import RowsAt, taken
-from graftune.sites.side_caches import SideCaches
+from graftune.sites.side_caches import join, side_cache
 from graftune.sites.state import Active
 
 _OWN = frozenset(
@@ -67,7 +68,6 @@ class TrunkSite(Site):
     def __init__(self, active: Active) -> None:
         super().__init__(active)
         self.kept = Kept()
-        self.caches = SideCaches()
         self.arguments: tuple[str, ...] = ()
         self.feeds_decoder = False
         """Whether the body is an encoder whose states a decoder attends to."""
@@ -158,15 +158,15 @@ class TrunkSite(Site):
             passed["encoder_hidden_states"] = now.encoded[name].to(blank.dtype)
         if "use_cache" in self.arguments or "past_key_values" in self.arguments:
             is_new = given.get("past_key_values") is None
-            cache = None if is_new and host.training else _cache_in(output)
+            cache = None if is_new and host.training else next(caches_in(output), None)
             passed["use_cache"] = cache is not None
             if cache is not None:
                 length = now.hidden[0].shape[1]
-                passed["past_key_values"] = self.caches.of(cache, name, delta.config, length)
-        made = delta.side_states(now.hidden, passed)
-        if passed.get("past_key_values") is not None:
-            self.caches.join(_cache_in(output), passed["past_key_values"])
-        return made
+                beside = side_cache(cache, name, delta.config, length)
+                made = delta.side_states(now.hidden, {**passed, "past_key_values": beside})
+                join(cache, beside)
+                return made
+        return delta.side_states(now.hidden, passed)
 
     def _split(self, host: nn.Module, given: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
         """Takes the sides' states out of what a decoder attends to, and returns them by adapter.
@@ -209,12 +209,6 @@ class TrunkSite(Site):
 
     def _now(self) -> Pass | None:
         return self.kept.get(("pass", thread_id()))
-
-
-def _cache_in(output: Any) -> Any:
-    """Returns the cache that a body's answer holds, or None."""
-    values = output if isinstance(output, tuple | list) else dict(output).values()
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 def _with_last(host: nn.Module, output: Any, last: Tensor, *, pools: bool = True) -> Any:

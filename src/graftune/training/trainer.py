@@ -113,8 +113,8 @@ class TrainerMixin(_Base):
             found = checkpoints.find_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")
             resume_from_checkpoint = str(found)
         try:
-            self._trunk.check(self.trunk_cache, self.forward)
-            kept = self._trunk.kept_for(_unwrapped(self), self.trunk_cache, self.args.output_dir)
+            asked, folder = self.trunk_cache, self.args.output_dir
+            kept = self._trunk.kept_for(_unwrapped(self), asked, folder, self.forward)
             with kept, self.interruption.listening():
                 result = super().train(resume_from_checkpoint, *rest, **settings)
             if self.interruption.asked:

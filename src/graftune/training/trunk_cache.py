@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftune.anatomy.modules import is_in, parent, within
+from graftune.anatomy.modules import body_around, is_in, within
 from graftune.attached import Grafts, plain_model, state_of
 from graftune.errors import TrainingError
 from graftune.sites.base import TrunkDelta, base_modules, is_base
@@ -103,7 +103,7 @@ class TrunkCache:
     @contextlib.contextmanager
     def passing(self, batch: Mapping[str, Any]) -> Iterator[None]:
         """Feeds the batch's pass inside the block if every row is known; else keeps its rows."""
-        masks = _masks(self.model, batch, len(self.cut.stacks))
+        masks = _masks(batch, len(self.cut.stacks))
         keys = _keys(batch, masks)
         self.rows += len(keys)
         found = [self.store.get(key) for key in keys] if self._forms else [None]
@@ -117,9 +117,10 @@ class TrunkCache:
         moving = [m for m in self._below() if m.training]
         for module in moving:
             module.training = False
+        watched = self.cut.kept if self._forms else self.cut.stacks
         handles = [
             self.model.get_submodule(path).register_forward_hook(_Keeper(seen, self._forms, path))
-            for stack in self.cut.stacks
+            for stack in watched
             for path in stack
         ]
         try:
@@ -137,15 +138,13 @@ class TrunkCache:
         for stack in self.cut.stacks:
             for path in stack:
                 yield from self.model.get_submodule(path).modules()
-            body = parent(stack[0])
-            while body and not hasattr(self.model.get_submodule(body), "save_pretrained"):
-                body = parent(body)
+            body = body_around(self.model, stack[0])
             for path, module in base_modules(self.model).items():
                 if within(path, body) and not is_in(path, inside) and not list(module.children()):
                     yield module
 
     def _keep(self, keys: list[str], masks: list[Tensor | None], seen: dict[str, Tensor]) -> None:
-        stacks = [torch.stack([seen[path] for path in stack], 1) for stack in self.cut.kept]
+        stacks = [torch.stack([seen[path] for path in stack], 1).cpu() for stack in self.cut.kept]
         for row, key in enumerate(keys):
             self.store.put(
                 key,
@@ -245,12 +244,11 @@ def cut_of(model: nn.Module, *, still: bool = False) -> Cut | str:
 
 def _trained_below(model: nn.Module, blocks: list[str]) -> str | None:
     """Returns a tensor of the base's own that trains in some blocks, or None."""
-    named = ((name, p) for path in blocks for name, p in _named(model, path) if p.requires_grad)
-    return next((name for name, _ in named if is_base(name)), None)
-
-
-def _named(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.get_submodule(path).named_parameters(prefix=path)
+    for path in blocks:
+        for name, tensor in model.get_submodule(path).named_parameters(prefix=path):
+            if tensor.requires_grad and is_base(name):
+                return name
+    return None
 
 
 def _dropouts(model: nn.Module) -> list[str]:
@@ -264,17 +262,22 @@ def _dropouts(model: nn.Module) -> list[str]:
     ]
 
 
-def _masks(model: nn.Module, batch: Mapping[str, Any], stacks: int) -> list[Tensor | None]:
-    """Returns which positions hold a row's own tokens, `(B, T)`, of each stack; None for all."""
+def _masks(batch: Mapping[str, Any], stacks: int) -> list[Tensor | None]:
+    """Returns which positions hold a row's own tokens, `(B, T)` on the CPU; None for all.
+
+    Args:
+        batch: what the model is called with.
+        stacks: of the model; a second one's tokens are those of its labels, if nothing else
+            is said.
+    """
     first = batch.get("attention_mask")
-    found = [None if first is None or first.ndim != 2 else first.bool()]
+    found = [first if isinstance(first, Tensor) and first.ndim == 2 else None]
     if stacks == 2:
-        later = batch.get("decoder_attention_mask")
-        labels = batch.get("labels")
+        later, labels = batch.get("decoder_attention_mask"), batch.get("labels")
         if later is None and isinstance(labels, Tensor) and labels.ndim == 2:
             later = _up_to_last(labels != -100)
-        found.append(None if later is None else later.bool())
-    return found
+        found.append(later)
+    return [None if mask is None else mask.detach().cpu().bool() for mask in found]
 
 
 def _up_to_last(told: Tensor) -> Tensor:
@@ -289,26 +292,31 @@ def _keys(batch: Mapping[str, Any], masks: list[Tensor | None]) -> list[str]:
     """
     rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
     reads_labels = len(masks) == 2
+    read = {
+        name: value.detach().cpu()
+        for name, value in sorted(batch.items())
+        if isinstance(value, Tensor) and value.shape[:1] == (rows,)
+    }
+    if not reads_labels:
+        read.pop("labels", None)
     keys: list[str] = []
     for row in range(rows):
         digest = hashlib.sha256()
-        for name in sorted(batch):
-            value = batch[name]
-            if not isinstance(value, Tensor) or value.shape[:1] != (rows,):
-                continue
-            if name == "labels" and not reads_labels:
-                continue
-            own, mask = value[row].detach().cpu(), masks[0]
-            late = masks[-1] if reads_labels and ("decoder" in name or name == "labels") else mask
-            if late is not None and own.ndim == 1 and len(own) == late.shape[1]:
-                at = late[row].cpu()
-                own = own[at]
+        for name, value in read.items():
+            own, is_late = value[row], reads_labels and ("decoder" in name or name == "labels")
+            mask = masks[-1 if is_late else 0]
+            if mask is not None and own.ndim == 1 and len(own) == mask.shape[1]:
+                own = own[mask[row]]
                 if "position_ids" not in batch:
-                    digest.update(str(int(at.int().argmax())).encode())
+                    digest.update(str(int(mask[row].int().argmax())).encode())
             digest.update(f"{name}{tuple(own.shape)}{own.dtype}".encode())
-            digest.update(own.contiguous().view(torch.uint8).numpy().tobytes() if own.ndim else b"")
+            digest.update(_raw(own))
         keys.append(digest.hexdigest()[:32])
     return keys
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _padded(rows: list[list[Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
@@ -321,7 +329,7 @@ def _padded(rows: list[list[Tensor]], masks: list[Tensor | None]) -> list[Tensor
             continue
         kept, _, width = own[0].shape
         whole = own[0].new_zeros(len(own), mask.shape[1], kept, width)
-        whole[mask.cpu()] = torch.cat([states.transpose(0, 1) for states in own])
+        whole[mask] = torch.cat([states.transpose(0, 1) for states in own])
         found.append(whole.transpose(1, 2))
     return found
 
@@ -337,8 +345,7 @@ def _fingerprint(model: nn.Module, cut: Cut, dtype: torch.dtype) -> str:
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 digest.update(f"{path}.{name}".encode())
-                raw = tensor.detach().cpu().contiguous().view(torch.uint8)
-                digest.update(raw.numpy().tobytes())
+                digest.update(_raw(tensor))
     return digest.hexdigest()
 
 
@@ -349,23 +356,27 @@ class Trunk:
         self.cache: TrunkCache | None = None
         self.summary: str | None = None
 
-    @staticmethod
-    def check(asked: str | Path | bool | None, forward: Any) -> None:
-        """Raises TrainingError if batches aren't what the model is called with."""
-        if asked and forward is not None:
+    @contextlib.contextmanager
+    def kept_for(
+        self,
+        model: nn.Module,
+        asked: str | Path | bool | None,
+        output_dir: str | None,
+        forward: Any = None,
+    ) -> Iterator[None]:
+        """Keeps a model's states inside the block; for good if a folder is asked for.
+
+        Raises:
+            TrainingError: batches aren't what the model is called with, or nothing can be kept.
+        """
+        if not asked:
+            yield
+            return
+        if forward is not None:
             raise TrainingError(
                 "trunk_cache goes by a batch's rows, but `forward` may call the model with others: "
                 "leave out one of them."
             )
-
-    @contextlib.contextmanager
-    def kept_for(
-        self, model: nn.Module, asked: str | Path | bool | None, output_dir: str | None
-    ) -> Iterator[None]:
-        """Keeps a model's states inside the block; for good if a folder is asked for."""
-        if not asked:
-            yield
-            return
         folder = Path(output_dir or ".") / "trunk_cache" if asked is True else Path(asked)
         self.cache = TrunkCache(model, folder, still=True)
         try:

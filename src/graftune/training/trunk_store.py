@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,15 @@ class Record(NamedTuple):
     at: int
     shapes: tuple[tuple[int, ...], ...]
     crc: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Entries of each tensor."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def stop(self, dtype: torch.dtype) -> int:
+        """Returns where it ends."""
+        return self.at + sum(self.counts) * dtype.itemsize
 
 
 class TrunkStore:
@@ -71,8 +81,7 @@ class TrunkStore:
         record = self._known.get(key)
         if record is None:
             return None
-        counts = [int(np.prod(shape)) for shape in record.shapes]
-        stop = record.at + sum(counts) * self.dtype.itemsize
+        stop = record.stop(self.dtype)
         if stop > len(self._map):
             self._map = np.memmap(self._states, np.uint8, "r")
         raw = self._map[record.at : stop]
@@ -82,7 +91,7 @@ class TrunkStore:
                 return None
             self._checked.add(key)
         flat = torch.from_numpy(np.array(raw)).view(self.dtype)
-        parts = flat.split(counts)
+        parts = flat.split(record.counts)
         return [part.view(shape) for part, shape in zip(parts, record.shapes, strict=True)]
 
     def put(self, key: str, tensors: list[Tensor]) -> None:
@@ -123,11 +132,10 @@ class TrunkStore:
             if record is None:
                 break
             key, found = record
-            count = sum(int(np.prod(shape)) for shape in found.shapes)
-            if found.at != self._end or found.at + count * self.dtype.itemsize > size:
+            stop = found.stop(self.dtype)
+            if found.at != self._end or stop > size:
                 break
-            self._known[key] = found
-            self._end = found.at + count * self.dtype.itemsize
+            self._known[key], self._end = found, stop
             whole += len(line)
         if self.why_not is None:
             with self._index.open("r+b") as index:

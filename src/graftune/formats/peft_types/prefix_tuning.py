@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftune.anatomy.fused import Settings
+from graftune.anatomy.fused import head_size
 from graftune.attached import anatomy_of
 from graftune.errors import BaseMismatchError, FormatError
 from graftune.formats.peft_prompts import EMBEDDINGS, PromptsType, prompt_task, sizes
@@ -71,7 +71,7 @@ class _PrefixTuning(PromptsType):
         return {
             **sizes(model),
             "encoder_hidden_size": width,
-            "num_attention_heads": width // _head_size(model, first.place.module),
+            "num_attention_heads": width // head_size(model.get_submodule(first.place.module)),
             "num_transformer_submodules": 1,
             "num_virtual_tokens": length,
             "prefix_projection": False,
@@ -148,11 +148,6 @@ def _attentions(model: nn.Module) -> list[str]:
         for span in spans
         if span.kind == "attention"
     ]
-
-
-def _head_size(model: nn.Module, attention: str) -> int:
-    names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-    return Settings(model.get_submodule(attention))(*names)
 
 
 def _other_equation(model: nn.Module) -> str | None:
