@@ -48,20 +48,31 @@ def run(rounds: int = ROUNDS) -> list[Row]:
 
 def kept_bytes(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Returns the bytes that a forward pass keeps for the backward, without the parameters."""
-    storages: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            alive.append(tensor)  # else its place could be given to the next
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    kept = Kept()
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
         model(**batch)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return sum(size for place, size in storages.items() if place not in own)
+    return kept.bytes(model)
+
+
+class Kept:
+    """What graphs keep, as they say it."""
+
+    def __init__(self) -> None:
+        self._alive: list[Tensor] = []  # else a tensor's place could be given to the next
+
+    def note(self, kept: Any) -> Any:
+        """Notes what is kept, if it is a tensor."""
+        if isinstance(kept, Tensor) and not isinstance(kept, nn.Parameter):
+            self._alive.append(kept)
+        return kept
+
+    def bytes(self, model: nn.Module) -> int:
+        """Returns the bytes of all storages that aren't the model's parameters'."""
+        storages = [tensor.untyped_storage() for tensor in self._alive]
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for place, size in sizes.items() if place not in own)
 
 
 def _ours(base: Any, layers: tuple[int, ...] | None) -> Any:

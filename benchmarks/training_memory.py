@@ -9,15 +9,17 @@ over the loaded model in the steps after it (/proc, Linux alone).
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.backward_cut import kept_bytes
+from benchmarks.backward_cut import Kept, kept_bytes
 from benchmarks.measure import ROUNDS, Row, fresh_process, row
 
 MIB = 2**20
@@ -30,7 +32,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning": ("PromptTuning", {"length": 20}),
     "Ladder Side-Tuning": ("LadderSideTuning", {}),
 }
+LADDER = "Ladder Side-Tuning"
+CACHED = "Ladder Side-Tuning, trunk cache"
 PEFT = "LoRA of HF PEFT"
+FILL = "fill"
+"""Said before a folder to a process that fills a trunk cache there."""
 
 
 def base(shape: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -74,9 +80,49 @@ def trained(name: str, shape: str) -> tuple[nn.Module, dict[str, Any]]:
         return get_peft_model(model, config).train(), batch  # type: ignore[arg-type]
     import graftune as gt
 
-    kind, settings = METHODS[name]
+    kind, settings = METHODS[LADDER if name == CACHED else name]
     gt.attach(model, getattr(gt, kind)(**settings), seed=0)
     return model.train(), batch
+
+
+@contextlib.contextmanager
+def filled(shape: str) -> Iterator[str]:
+    """Yields a folder that another process has filled with what the trunk makes of the batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh_process("-m", "benchmarks.training_memory", FILL + folder, shape)
+        yield folder
+
+
+def fill(folder: str, shape: str) -> None:
+    """Fills it."""
+    import graftune as gt
+
+    model, batch = trained(CACHED, shape)
+    with gt.TrunkCache(model, folder).passing(batch):
+        model(**batch)
+
+
+def kept(name: str, shape: str) -> float:
+    """Returns what a training step keeps for its backward pass, MiB."""
+    model, batch = trained(name, shape)
+    if name != CACHED:
+        return kept_bytes(model, batch) / MIB
+    import graftune as gt
+    from graftune.training.trunk_cache import Reader
+
+    seen, let_go = Kept(), Reader.let_go
+    with filled(shape) as folder:
+        cache = gt.TrunkCache(model, folder)
+        with cache.passing({k: v[:1] for k, v in batch.items()}):
+            model(**{k: v[:1] for k, v in batch.items()})
+        Reader.let_go = lambda self, saved: seen.note(let_go(self, saved))
+        try:
+            with cache.passing(batch):
+                model(**batch)
+        finally:
+            Reader.let_go = let_go
+    assert cache.hits == len(batch["labels"])
+    return seen.bytes(model) / MIB
 
 
 def peak_rise(name: str, shape: str) -> float:
@@ -87,18 +133,24 @@ def peak_rise(name: str, shape: str) -> float:
 
 def _rise(name: str, shape: str) -> float:
     """Measures it, in the process that is called for it."""
+    import graftune as gt
+
     model, batch = trained(name, shape)
-    step(model, {key: value[:1] for key, value in batch.items()})
-    Path("/proc/self/clear_refs").write_text("5")
-    floor = _status("VmRSS")
-    for _ in range(2):
-        step(model, batch)
-    return (_status("VmHWM") - floor) / 1024
+    with filled(shape) if name == CACHED else contextlib.nullcontext() as folder:
+        passing = contextlib.nullcontext if folder is None else gt.TrunkCache(model, folder).passing
+        step(model, {key: value[:1] for key, value in batch.items()}, passing)
+        Path("/proc/self/clear_refs").write_text("5")
+        floor = _status("VmRSS")
+        for _ in range(2):
+            step(model, batch, passing)
+        return (_status("VmHWM") - floor) / 1024
 
 
-def step(model: nn.Module, batch: Mapping[str, Any]) -> None:
+def step(model: nn.Module, batch: Mapping[str, Any], passing: Any) -> None:
     """Takes one step's forward and backward passes, gradients freed after."""
-    model(**batch).loss.backward()
+    with passing(batch):
+        loss = model(**batch).loss
+    loss.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -110,35 +162,42 @@ def _status(field: str) -> int:
 def run(rounds: int = ROUNDS) -> list[Row]:
     found: list[Row] = []
     for shape in SHAPES:
-        ours, theirs = (
-            kept_bytes(*trained(name, shape)) / MIB for name in ("Ladder Side-Tuning", PEFT)
-        )
-        note = f"Ladder Side-Tuning {ours:.0f} MiB, LoRA of HF PEFT {theirs:.0f} MiB"
-        found.append(row(f"training_memory, {shape}, kept", [ours / theirs], 0.35, note=note))
-        pairs = [
-            (peak_rise("Ladder Side-Tuning", shape), peak_rise(PEFT, shape)) for _ in range(rounds)
-        ]
-        ours, theirs = pairs[0]
-        note = f"peak of the process: {ours:.0f} MiB, LoRA of HF PEFT {theirs:.0f} MiB"
-        ratios = [mine / other for mine, other in pairs]
-        found.append(row(f"training_memory, {shape}, peak", ratios, 0.35, note=note))
+        theirs = kept(PEFT, shape), [peak_rise(PEFT, shape) for _ in range(rounds)]
+        for name, most in ((LADDER, 0.35), (CACHED, 0.15)):
+            found += _against(theirs, name, shape, most)
     return found
+
+
+def _against(
+    theirs: tuple[float, list[float]], name: str, shape: str, most: float
+) -> Iterator[Row]:
+    ours = kept(name, shape)
+    note = f"{name} {ours:.0f} MiB, LoRA of HF PEFT {theirs[0]:.0f} MiB"
+    yield row(f"training_memory, {shape}, kept", [ours / theirs[0]], most, note=note)
+    rises = [peak_rise(name, shape) for _ in theirs[1]]
+    note = f"peak of the process: {rises[0]:.0f} MiB, LoRA of HF PEFT {theirs[1][0]:.0f} MiB"
+    ratios = [mine / other for mine, other in zip(rises, theirs[1], strict=True)]
+    yield row(f"training_memory, {shape}, peak", ratios, most, note=note)
 
 
 def main() -> None:
     """Prints a table for each shape."""
     for shape in SHAPES:
         print(f"\n| {shape} | trained | kept, MiB | peak rise, MiB |\n|---|---:|---:|---:|")
-        for name in (*METHODS, PEFT):
-            model, batch = trained(name, shape)
+        for name in (*METHODS, CACHED, PEFT):
+            model, _ = trained(name, shape)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            kept, rise = kept_bytes(model, batch) / MIB, peak_rise(name, shape)
+            rise = peak_rise(name, shape)
             bar = "█" * round(rise / 25)
-            print(f"| {name} | {count:,} | {kept:.0f} | {rise:.0f} {bar} |", flush=True)
+            print(
+                f"| {name} | {count:,} | {kept(name, shape):.0f} | {rise:.0f} {bar} |", flush=True
+            )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 3 and sys.argv[1].startswith(FILL):
+        fill(sys.argv[1].removeprefix(FILL), sys.argv[2])
+    elif len(sys.argv) == 3:
         print(_rise(*sys.argv[1:]))
     else:
         main()

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import graftune as gt
 from graftune.errors import TrainingError
 from graftune.methods.base import Method
 from graftune.training import training_args
-from graftune.training.trunk_cache import TrunkCache
+from graftune.training.trunk_cache import KeptRows, TrunkCache
 from graftune.training.trunk_store import TrunkStore
 from tests.families import FAMILIES
 
@@ -104,6 +105,38 @@ def test_blocks_that_are_fed_do_not_run(family: str, tmp_path: Path) -> None:
         assert torch.equal(first, model(**batch).loss)
     assert model(**batch).loss.isnan() or family == "t5"
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_the_graph_keeps_no_fed_state_and_reads_it_again(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = batch_of(family)
+    gt.attach(model, LADDER, seed=1)
+    cache = TrunkCache(model, tmp_path)
+    with cache.passing(batch):
+        loss = model(**batch).loss
+    loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    read: list[StorageWeakRef] = []
+    state = KeptRows.state
+
+    def noted(self: KeptRows, stack: int, at: int) -> Tensor:
+        found = state(self, stack, at)
+        read.append(StorageWeakRef(found.untyped_storage()))
+        return found
+
+    monkeypatch.setattr(KeptRows, "state", noted)
+    with cache.passing(batch):
+        loss = model(**batch).loss
+    before = len(read)
+    assert all(one.expired() for one in read)
+    loss.backward()
+    assert len(read) == 2 * before
+    for name, tensor in model.named_parameters():
+        if tensor.grad is not None:
+            assert torch.equal(tensor.grad, expected[name])
 
 
 def test_a_row_is_known_whatever_padding_stands_around_it(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class Ladder(TrunkDelta):
         if at == 0:
             side = self._mapped(hidden[0], self.enter_weight, self.enter_bias)
         seen = self._mapped(hidden[layer + 1], self.down_weight[at], self.down_bias[at])
+        hidden[: layer + 2] = [hidden[layer + 1].new_empty(0)] * (layer + 2)  # read: let go
         mu = torch.sigmoid(self.gates[layer] / self.temperature)
         mixed = mu * side + (1 - mu) * seen
         return ((mixed, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": mixed})

@@ -130,7 +130,10 @@ class TrunkSite(Site):
         if output is None:
             return None  # the trunk failed
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        sides = {name: self._side(host, name, given, now, output) for name in self._names()}
+        names, sides = self._names(), dict[str, Tensor]()
+        for name in names:
+            hidden = now.hidden if name == names[-1] else [*now.hidden]
+            sides[name] = self._side(host, name, given, now._replace(hidden=hidden), output)
         last = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if self.feeds_decoder:
             wide = torch.cat([last, *(side.to(last.dtype) for side in sides.values())], -1)

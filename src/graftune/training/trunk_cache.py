@@ -16,13 +16,15 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from graftune.anatomy.modules import body_around, is_in, within
 from graftune.attached import Grafts, plain_model, state_of
@@ -106,11 +108,9 @@ class TrunkCache:
         masks = _masks(batch, len(self.cut.stacks))
         keys = _keys(batch, masks)
         self.rows += len(keys)
-        found = [self.store.get(key) for key in keys] if self._forms else [None]
-        known = [one for one in found if one is not None]
-        if len(known) == len(found):
+        if self._forms and all(self.store.get(key) is not None for key in keys):
             self.hits += len(keys)
-            with self._fed(_padded(known, masks)):
+            with self._fed(KeptRows(self.store, keys, masks)):
                 yield
             return
         seen: dict[str, Tensor] = {}
@@ -155,22 +155,86 @@ class TrunkCache:
             )
 
     @contextlib.contextmanager
-    def _fed(self, states: list[Tensor]) -> Iterator[None]:
+    def _fed(self, rows: KeptRows) -> Iterator[None]:
         """Lets blocks below the cut answer what is kept inside the block."""
         device = next(self.model.parameters()).device
-        fed: list[nn.Module] = []
-        for stack, kept, every in zip(self.cut.stacks, self.cut.kept, states, strict=True):
+        reader, fed = Reader(rows), list[nn.Module]()
+        for number, (stack, kept) in enumerate(zip(self.cut.stacks, self.cut.kept, strict=True)):
             own = next(self.model.get_submodule(stack[0]).parameters()).dtype
-            answers = dict(zip(kept, every.to(device, own).unbind(1), strict=True))
             for path in stack:
-                block = self.model.get_submodule(path)
-                block.__dict__["forward"] = _Fed(answers.get(path), self._forms[path])
+                block, read = self.model.get_submodule(path), None
+                if path in kept:
+                    read = partial(reader.read, number, kept.index(path), device, own)
+                block.__dict__["forward"] = _Fed(read, self._forms[path])
                 fed.append(block)
         try:
-            yield
+            with torch.autograd.graph.saved_tensors_hooks(reader.let_go, _read_again):
+                yield
         finally:
+            reader.close()
             for block in fed:
                 block.__dict__.pop("forward", None)
+
+
+class KeptRows(NamedTuple):
+    """A batch whose rows are all kept."""
+
+    store: TrunkStore
+    keys: list[str]
+    masks: list[Tensor | None]
+    """Which positions of each stack are the rows' own, `(B, T)`."""
+
+    def state(self, stack: int, at: int) -> Tensor:
+        """Returns one block's answer, `(B, T, width)`; zeros stand for padding.
+
+        Raises:
+            TrainingError: a row is gone from the folder.
+        """
+        found = [self.store.get(key) for key in self.keys]
+        own = [record[stack][at] for record in found if record is not None]
+        if len(own) < len(found):
+            raise TrainingError(f"Rows are gone from the trunk cache in {self.store.folder}.")
+        mask = self.masks[stack]
+        if mask is None:
+            return torch.stack(own)
+        whole = own[0].new_zeros(*mask.shape, own[0].shape[-1])
+        whole[mask] = torch.cat(own)
+        return whole
+
+
+class Reader:
+    """Reads states when blocks are asked, and again for the backward: no graph keeps them."""
+
+    def __init__(self, rows: KeptRows) -> None:
+        self.rows = rows
+        self._fed: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] = {}
+
+    def read(self, stack: int, at: int, device: Any, dtype: torch.dtype) -> Tensor:
+        """Returns one block's answer, `(B, T, width)`."""
+        state = self.rows.state(stack, at).to(device, dtype)
+        again = partial(self.read, stack, at, device, dtype)
+        self._fed[state.data_ptr()] = StorageWeakRef(state.untyped_storage()), again
+        return state
+
+    def let_go(self, saved: Tensor) -> Any:
+        """Returns what the graph keeps of a tensor: how to read it again, if it was fed."""
+        fed = self._fed.get(saved.untyped_storage().data_ptr())
+        if fed is None or fed[0].expired():  # another tensor lies there now
+            return saved
+        return partial(_formed, fed[1], saved.size(), saved.stride(), saved.storage_offset())
+
+    def close(self) -> None:
+        """Forgets what was fed; the graph knows by itself how to read it."""
+        self._fed.clear()
+
+
+def _formed(again: Callable[[], Tensor], *form: Any) -> Tensor:
+    return again().as_strided(*form)
+
+
+def _read_again(kept: Any) -> Tensor:
+    """Returns a tensor that the graph kept, or kept the place of."""
+    return kept if isinstance(kept, Tensor) else kept()
 
 
 class _Keeper:
@@ -188,12 +252,12 @@ class _Keeper:
 class _Fed:
     """Stands for a block's forward: answers what is kept, or what it is given."""
 
-    def __init__(self, answer: Tensor | None, form: int) -> None:
-        self.answer, self.form = answer, form
+    def __init__(self, read: Callable[[], Tensor] | None, form: int) -> None:
+        self.read, self.form = read, form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        answer = given if self.answer is None else self.answer
+        answer = given if self.read is None else self.read()
         return (answer, *[None] * (self.form - 1)) if self.form else answer
 
 
@@ -317,21 +381,6 @@ def _keys(batch: Mapping[str, Any], masks: list[Tensor | None]) -> list[str]:
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _padded(rows: list[list[Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
-    """Returns each stack's states of a batch, `(B, kept, T, width)`; zeros stand for padding."""
-    found: list[Tensor] = []
-    for stack, mask in enumerate(masks):
-        own = [row[stack] for row in rows]
-        if mask is None:
-            found.append(torch.stack(own))
-            continue
-        kept, _, width = own[0].shape
-        whole = own[0].new_zeros(len(own), mask.shape[1], kept, width)
-        whole[mask] = torch.cat([states.transpose(0, 1) for states in own])
-        found.append(whole.transpose(1, 2))
-    return found
 
 
 def _fingerprint(model: nn.Module, cut: Cut, dtype: torch.dtype) -> str:

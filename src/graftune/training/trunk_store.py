@@ -77,20 +77,23 @@ class TrunkStore:
         return self._end
 
     def get(self, key: str) -> list[Tensor] | None:
-        """Returns the tensors of a record; None where there is none, or it is damaged."""
+        """Returns the tensors of a record; None where there is none, or it is damaged.
+
+        They lie in the memory-mapped file: copy what is to be written to.
+        """
         record = self._known.get(key)
         if record is None:
             return None
         stop = record.stop(self.dtype)
         if stop > len(self._map):
-            self._map = np.memmap(self._states, np.uint8, "r")
+            self._map = np.memmap(self._states, np.uint8, "c")
         raw = self._map[record.at : stop]
         if key not in self._checked:
             if len(raw) < stop - record.at or zlib.crc32(raw.tobytes()) != record.crc:
                 del self._known[key]
                 return None
             self._checked.add(key)
-        flat = torch.from_numpy(np.array(raw)).view(self.dtype)
+        flat = torch.from_numpy(raw).view(self.dtype)
         parts = flat.split(record.counts)
         return [part.view(shape) for part, shape in zip(parts, record.shapes, strict=True)]
 
