@@ -183,6 +183,27 @@ def test_no_activation_inside_the_trunks_blocks_is_kept(family: str) -> None:
     assert not any(shape and shape[-1] in inner for shape in shapes)
 
 
+def test_no_attention_weights_of_the_side_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = FAMILIES["t5"]
+    model, inputs, adapter = attached("t5")
+    inputs = {**inputs, **kind.labels(model, inputs)}
+    ladder: Any = adapter.grafts[0].delta
+    found: dict[bool, tuple[list[torch.Size], list[Tensor | None]]] = {}
+    for again in (True, False):
+        for graft in adapter.grafts:
+            monkeypatch.setattr(graft.delta, "has_bias", again)
+        model.train()
+        model.zero_grad()
+        _, shapes = saved_bytes(model, inputs)
+        found[again] = shapes, [p.grad for p in model.parameters() if p.requires_grad]
+    rows, tokens = inputs["input_ids"].shape
+    weights = (rows * ladder.config.num_heads, tokens, tokens)
+    assert weights not in found[True][0]
+    assert weights in found[False][0]
+    for again, once in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(again, once)
+
+
 def test_it_keeps_far_less_for_backward_than_lora() -> None:
     from transformers import BertForSequenceClassification
 

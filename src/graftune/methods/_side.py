@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from graftune.anatomy import Anatomy, Block, Stack, anatomy, table
 from graftune.anatomy.modules import is_embedding, is_in
 from graftune.errors import SettingsError
+from graftune.sites.attending import AttendAgain
 from graftune.sites.base import TrunkDelta
 from graftune.sites.kept import Kept, first, thread_id
 
@@ -49,9 +51,11 @@ class Ladder(TrunkDelta):
             if adds:
                 nn.init.zeros_(self.up_weight)
                 nn.init.zeros_(self.up_bias)
-        for path in shape.blocks:
-            block = body.get_submodule(path)
+        blocks = [body.get_submodule(path) for path in shape.blocks]
+        for block in blocks:
             block.register_forward_pre_hook(self.climb, with_kwargs=True)
+        within = [module for block in blocks for module in block.modules()]
+        self.has_bias = any(isinstance(module, nn.Embedding) for module in within)  # of positions
 
     def blank(self, entering: Tensor) -> Tensor:
         """See `TrunkDelta.blank`: zeros, since `climb` puts the first state in."""
@@ -66,8 +70,10 @@ class Ladder(TrunkDelta):
                     False  # it would redo more than it saves
                 )
         self.kept["rung", thread_id()] = [0, hidden]
+        attention = AttendAgain() if self.training and self.has_bias else nullcontext()
         try:
-            return self.body(**given).last_hidden_state
+            with attention:
+                return self.body(**given).last_hidden_state
         finally:
             self.kept.pop(("rung", thread_id()), None)
 
