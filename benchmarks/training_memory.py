@@ -1,17 +1,20 @@
-"""What a training step keeps, and how far the process rises, for methods of every kind.
+"""What a training step keeps and takes, and how far the process rises, for methods of every kind.
 
 python -m benchmarks.training_memory          the tables of docs/training-memory.md
 python -m benchmarks training_memory          Ladder Side-Tuning against HF PEFT's LoRA, as ratios
 
 Each process peak is of a fresh process: one step to warm up, then the rise of its resident memory
-over the loaded model in the steps after it (/proc, Linux alone).
+over the loaded model in the steps after it (/proc, Linux alone). A step's time is the process's
+own on one thread, the median of several.
 """
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from benchmarks.backward_cut import Kept, kept_bytes
 from benchmarks.measure import ROUNDS, Row, fresh_process, row
 
 MIB = 2**20
+STEPS = 7
 SHAPES = ("bert", "t5")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full fine-tuning": ("FullFineTuning", {}),
@@ -127,12 +131,18 @@ def kept(name: str, shape: str) -> float:
 
 def peak_rise(name: str, shape: str) -> float:
     """Returns how far a fresh process rises over its loaded model in training, MiB."""
+    return peak_and_time(name, shape)[0]
+
+
+def peak_and_time(name: str, shape: str) -> tuple[float, float]:
+    """Returns the rise of a fresh process, MiB, and the milliseconds of a step."""
     _, said = fresh_process("-m", "benchmarks.training_memory", name, shape)
-    return float(said.strip().splitlines()[-1])
+    rise, took = said.strip().splitlines()[-1].split()
+    return float(rise), float(took)
 
 
-def _rise(name: str, shape: str) -> float:
-    """Measures it, in the process that is called for it."""
+def _measured(name: str, shape: str) -> str:
+    """Measures both, in the process that is called for it."""
     import graftune as gt
 
     model, batch = trained(name, shape)
@@ -143,7 +153,13 @@ def _rise(name: str, shape: str) -> float:
         floor = _status("VmRSS")
         for _ in range(2):
             step(model, batch, passing)
-        return (_status("VmHWM") - floor) / 1024
+        rise = (_status("VmHWM") - floor) / 1024
+        times: list[float] = []
+        for _ in range(STEPS):
+            began = time.process_time()
+            step(model, batch, passing)
+            times.append(1000 * (time.process_time() - began))
+    return f"{rise} {statistics.median(times)}"
 
 
 def step(model: nn.Module, batch: Mapping[str, Any], passing: Any) -> None:
@@ -183,21 +199,21 @@ def _against(
 def main() -> None:
     """Prints a table for each shape."""
     for shape in SHAPES:
-        print(f"\n| {shape} | trained | kept, MiB | peak rise, MiB |\n|---|---:|---:|---:|")
+        print(f"\n| {shape} | trained | kept, MiB | step, ms | peak rise, MiB |")
+        print("|---|---:|---:|---:|---:|")
         for name in (*METHODS, CACHED, PEFT):
             model, _ = trained(name, shape)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            rise = peak_rise(name, shape)
+            rise, took = peak_and_time(name, shape)
             bar = "█" * round(rise / 25)
-            print(
-                f"| {name} | {count:,} | {kept(name, shape):.0f} | {rise:.0f} {bar} |", flush=True
-            )
+            told = f"{count:,} | {kept(name, shape):.0f} | {took:.0f} | {rise:.0f} {bar}"
+            print(f"| {name} | {told} |", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1].startswith(FILL):
         fill(sys.argv[1].removeprefix(FILL), sys.argv[2])
     elif len(sys.argv) == 3:
-        print(_rise(*sys.argv[1:]))
+        print(_measured(*sys.argv[1:]))
     else:
         main()
