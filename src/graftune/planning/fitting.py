@@ -43,7 +43,6 @@ TRAIN_KEYS = {
 Only keys that `graftune train` has are proposed.
 """
 LOSSY: tuple[dict[str, Any], ...] = (
-    {},
     {"precision": "bfloat16"},
     {"optimizer": {"cuda": "adamw_8bit", "cpu": "adafactor"}},
     {"quantize": "int8"},
@@ -192,6 +191,7 @@ def _split(settings: PlanSettings, parts: int) -> PlanSettings:
 def _levels(asked: PlanSettings, search: _Search) -> Iterator[PlanSettings]:
     """Yields settings that cost ever more precision, leaving out what can't be or is no use."""
     level = asked
+    yield level
     for change in LOSSY:
         values = {
             name: value[asked.device] if isinstance(value, dict) else value
@@ -202,9 +202,7 @@ def _levels(asked: PlanSettings, search: _Search) -> Iterator[PlanSettings]:
         try:
             wider = dataclasses.replace(level, **values)
             search.plan(list(_exact(wider))[-1])
-        except (SettingsError, AnatomyError):
-            if not change:
-                raise
+        except (SettingsError, AnatomyError):  # such as one that must read the weights it changes
             continue
         level = wider
         yield level
