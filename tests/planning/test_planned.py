@@ -127,6 +127,25 @@ def test_offloading_moves_what_it_says_and_nothing_else() -> None:
     assert states.host_parts["optimizer"] == here.parts["optimizer"]
 
 
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"offload": "activations"}])
+def test_checkpointing_is_planned_for_a_gpu_too(settings: dict[str, Any]) -> None:
+    given = {**SMALL, "device": "cuda", "optimizer": "sgd", **settings}
+    plain, twice = (
+        gt.plan(LLAMA, gt.LoRA(), gradient_checkpointing=on, **given) for on in (False, True)
+    )
+    assert twice.flops > 1.2 * plain.flops
+    assert twice.peak_bytes < plain.peak_bytes or settings.get("offload")
+
+
+def test_a_gpu_keeps_a_byte_of_dropout_where_the_cpu_keeps_a_float() -> None:
+    cpu, cuda = (
+        gt.plan(BERT, gt.LoRA(), device=device, **SMALL).parts["activations"]
+        for device in ("cpu", "cuda")
+    )
+    hidden = 4 * 32 * 256 * (1 + 2 * 4)  # after the embeddings, and twice in each block
+    assert cpu - cuda >= 3 * hidden
+
+
 def test_a_side_network_needs_less_than_lora() -> None:
     lora, ladder = (gt.plan(BERT, m, **SMALL) for m in (gt.LoRA(), gt.LadderSideTuning()))
     assert ladder.rise_bytes < 0.5 * lora.rise_bytes

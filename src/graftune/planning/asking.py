@@ -12,7 +12,7 @@ import torch
 
 from graftune.errors import FormatError, SettingsError
 from graftune.methods.base import Method
-from graftune.planning.fitting import Fit, fitted, train_settings
+from graftune.planning.fitting import OFFLOAD_KEYS, TRAIN_KEYS, Fit, fitted, train_settings
 from graftune.planning.planned import Plan, chosen, planned, shortened
 from graftune.planning.settings import PlanSettings
 from graftune.planning.sizes import parse_bytes
@@ -101,9 +101,12 @@ def _settings(run: RunSettings | None, given: Mapping[str, Any]) -> PlanSettings
     values: dict[str, Any] = {"device": device}
     if run is not None:
         train = run.train.model_dump()
-        names = ("batch_size", "accumulation", "optimizer", "gradient_checkpointing")
-        more = ("quantize", "double_quantize")
-        values |= {key: train[key] for key in (*names, *more) if train.get(key) is not None}
+        said = {name: train.get(key) for name, key in TRAIN_KEYS.items() if name != "precision"}
+        if not said["quantize"]:
+            said["double_quantize"] = None
+        values |= {name: value for name, value in said.items() if value is not None}
+        moved = tuple(word for word, key in OFFLOAD_KEYS.items() if train.get(key))
+        values["offload"] = moved if device == "cuda" else ()
         values["max_grad_norm"] = train["max_grad_norm"]
         values["length"] = run.data.max_length
         auto = "bfloat16" if device == "cuda" else "float32"

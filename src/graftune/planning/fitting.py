@@ -18,7 +18,7 @@ from graftune.methods.base import Method
 from graftune.planning.planned import Plan, chosen, planned
 from graftune.planning.settings import PlanSettings
 from graftune.planning.sizes import parse_bytes
-from graftune.planning.skeletons import Base, base_of
+from graftune.planning.skeletons import Base, base_of, can_checkpoint
 from graftune.planning.tracking import OPTIMIZER, WEIGHTS
 from graftune.tasks.settings import TrainSettings
 
@@ -36,12 +36,14 @@ TRAIN_KEYS = {
     "optimizer": "optimizer",
     "gradient_checkpointing": "gradient_checkpointing",
     "quantize": "quantize",
-    "double_quantize": "double_quantize",
+    "double_quantize": "double_quant",
 }
 """A plan's settings and the keys of `train` in a settings file that say the same.
 
 Only keys that `graftune train` has are proposed.
 """
+OFFLOAD_KEYS = {"optimizer": "offload_optimizer", "activations": "offload_activations"}
+"""What is offloaded, and the keys of `train` that say so."""
 LOSSY: tuple[dict[str, Any], ...] = (
     {"precision": "bfloat16"},
     {"optimizer": {"cuda": "adamw_8bit", "cpu": "adafactor"}},
@@ -122,8 +124,13 @@ def train_settings(settings: PlanSettings) -> dict[str, Any]:
     """Returns the `train` section of a settings file that says the same, defaults left out."""
     default = PlanSettings()
     keys = {name: key for name, key in TRAIN_KEYS.items() if key in TrainSettings.model_fields}
-    always = ("batch_size", "precision")
-    return {
+    always = ("batch_size", "precision", *(("double_quantize",) * bool(settings.quantize)))
+    moved = {
+        key: True
+        for word, key in OFFLOAD_KEYS.items()
+        if word in settings.offload and key in TrainSettings.model_fields
+    }
+    return moved | {
         key: getattr(settings, name)
         for name, key in keys.items()
         if name in always or getattr(settings, name) != getattr(default, name)
@@ -159,25 +166,22 @@ class _Search:
         first = self.fits(level)
         if first is not None:
             return first
-        smallest = list(_exact(level))[-1]
-        if self.fits(smallest) is None:
+        if self.fits(self.smallest(level)) is None:
             return None
-        return next((found for one in _exact(level) if (found := self.fits(one))), None)
+        return next((found for one in self._exact(level) if (found := self.fits(one))), None)
 
+    def smallest(self, level: PlanSettings) -> PlanSettings:
+        """Returns the settings of the same gradient that need least."""
+        return list(self._exact(level))[-1]
 
-def _exact(level: PlanSettings) -> Iterator[PlanSettings]:
-    """Yields settings of the same gradient, fastest first, the smallest last."""
-    replace = dataclasses.replace
-    for parts in _splits(level.batch_size):
-        if parts <= SPLITS:
-            yield _split(level, parts)
-    checkpointed = replace(level, gradient_checkpointing=True)
-    for parts in _splits(level.batch_size):
-        yield _split(checkpointed, parts)
-
-
-def _splits(batch: int) -> Iterator[int]:
-    return (parts for parts in range(1, batch + 1) if batch % parts == 0)
+    def _exact(self, level: PlanSettings) -> Iterator[PlanSettings]:
+        """Yields settings of the same gradient, fastest first, the smallest last."""
+        parts = [n for n in range(1, level.batch_size + 1) if level.batch_size % n == 0]
+        twice = can_checkpoint(self.base)
+        yield from (_split(level, n) for n in parts if n <= SPLITS or not twice)
+        if twice:
+            checkpointed = dataclasses.replace(level, gradient_checkpointing=True)
+            yield from (_split(checkpointed, n) for n in parts)
 
 
 def _split(settings: PlanSettings, parts: int) -> PlanSettings:
@@ -201,7 +205,7 @@ def _levels(asked: PlanSettings, search: _Search) -> Iterator[PlanSettings]:
             continue
         try:
             wider = dataclasses.replace(level, **values)
-            search.plan(list(_exact(wider))[-1])
+            search.plan(search.smallest(wider))
         except (SettingsError, AnatomyError):  # such as one that must read the weights it changes
             continue
         level = wider
@@ -215,7 +219,7 @@ def _is_proposed(name: str, level: PlanSettings, search: _Search) -> bool:
     if name == "precision":
         return level.precision == "float32"
     if name == "optimizer":
-        states = search.plan(list(_exact(level))[-1])
+        states = search.plan(search.smallest(level))
         return states.parts[OPTIMIZER] > WORTH * states.peak_bytes
     return not search.method.trains_in_place
 

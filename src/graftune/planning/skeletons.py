@@ -87,6 +87,15 @@ def random_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     return auto.from_config(copy.deepcopy(base.config), dtype=dtype)
 
 
+def can_checkpoint(base: Base) -> bool:
+    """Returns whether the model's class can compute its activations twice."""
+    import transformers
+
+    found: Any = getattr(transformers, TASKS[base.task])._model_mapping.get(type(base.config), None)
+    kind = found[0] if isinstance(found, tuple) else found
+    return bool(getattr(kind, "supports_gradient_checkpointing", False))
+
+
 def attached(model: PreTrainedModel, method: Method) -> Adapter:
     """Returns the adapter that a method makes on a model without numbers, ready to train."""
     adapter = attach(model, method)

@@ -104,7 +104,7 @@ def _step(base: Base, model: Any, adapter: Adapter, settings: PlanSettings, ledg
             one.grad = torch.zeros_like(one)
             ledger.note(one.grad, GRADIENTS)
     if settings.gradient_checkpointing:
-        checkpoint(model)
+        checkpoint(model, settings)
     ledger.phase = "forward"
     ledger.flops = ledger.traffic = 0
     with _like_training(model, settings, ledger):
@@ -151,8 +151,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no word"])[0].rstrip(".")
 
 
-def checkpoint(model: Any) -> None:
-    """Lets a model compute its activations twice.
+def checkpoint(model: Any, settings: PlanSettings | None = None) -> None:
+    """Lets a model compute its activations twice; with settings, as their device would.
 
     Raises:
         SettingsError: it can't.
@@ -163,7 +163,10 @@ def checkpoint(model: Any) -> None:
         )
     older = model.gradient_checkpointing_enable  # its name before transformers 5.23
     enable = getattr(model, "activation_checkpointing_enable", older)
-    enable({"use_reentrant": False})
+    more: dict[str, Any] = {}
+    if settings is not None and settings.device == "cuda":  # a backward pass leaves modes outside
+        more["context_fn"] = lambda: (contextlib.nullcontext(), emulating.CudaLike(settings))
+    enable({"use_reentrant": False, **more})
 
 
 def _vocabulary(config: Any) -> int | None:
