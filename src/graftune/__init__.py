@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from graftune.methods.union import Union
     from graftune.methods.unipelt import UniPELT
     from graftune.methods.vera import VeRA
+    from graftune.planning import Plan, PlanSettings, fit, plan
     from graftune.prefixing import as_prefix
     from graftune.training import AdapterCallback, Trainer
     from graftune.training.trunk_cache import TrunkCache
@@ -70,6 +71,8 @@ _HOMES = {
     "Average": "composition",
     "Fuse": "composition",
     "Parallel": "composition",
+    "Plan": "planning",
+    "PlanSettings": "planning",
     "Rows": "composition",
     "Stack": "composition",
     "Trainer": "training",
@@ -80,10 +83,12 @@ _HOMES = {
     "attach": "adapter",
     "combine": "combining",
     "detach": "adapter",
+    "fit": "planning",
     "fusion_weights": "fusing",
     "gates": "gating",
     "prune_fusion": "fusing",
     "inspect": "formats",
+    "plan": "planning",
     "load": "formats",
     "merge": "merging",
     "register": "methods.base",
@@ -129,6 +134,8 @@ __all__ = [
     "Parallel",
     "ParallelAdapter",
     "PfeifferAdapter",
+    "Plan",
+    "PlanSettings",
     "PrefixTuning",
     "PromptTuning",
     "Rows",
@@ -147,12 +154,14 @@ __all__ = [
     "attach",
     "combine",
     "detach",
+    "fit",
     "fusion_weights",
     "gates",
     "inspect",
     "load",
     "merge",
     "methods",
+    "plan",
     "prune_fusion",
     "register",
     "resolve",

@@ -14,6 +14,7 @@ from graftune.cli.inspect import inspect
 from graftune.cli.intrinsic import intrinsic
 from graftune.cli.merge import merge
 from graftune.cli.methods import methods
+from graftune.cli.plan import plan
 from graftune.cli.predict import predict
 from graftune.cli.train import train
 from graftune.cli.transfer import transfer
@@ -57,4 +58,6 @@ def _top(
     """
 
 
-add(app, demo, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer)
+add(
+    app, demo, plan, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer
+)
