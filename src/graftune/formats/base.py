@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftune.anatomy.modules import is_in
+from graftune.anatomy.packed import is_packed
 from graftune.errors import BaseMismatchError
 from graftune.sites.base import base_modules
 
@@ -101,7 +102,7 @@ def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
         for name, tensor in base_tensors(model).items()
         if tensor.ndim >= 2 and not is_in(name, skip)
     ]
-    if not matrices or any(not t.is_floating_point() or t.is_meta for t in matrices):
+    if not matrices or any(is_packed(t) or t.is_meta for t in matrices):
         return None  # quantised or without numbers: nothing to compare
     step = max(1, len(matrices) // _PROBES)
     digest = hashlib.sha256()
