@@ -53,8 +53,8 @@ class FullFineTuning(Method):
         if packed:
             raise SettingsError(
                 f"FullFineTuning trains every tensor, and {len(packed)} of the base's are "
-                f"quantised, such as {packed[0]}: load the base in 16 or 32 bit, or take a method that trains "
-                "beside them, as LoRA does."
+                f"quantised, such as {packed[0]}: load the base in 16 or 32 bit, or take a method "
+                "that trains beside them, as LoRA does."
             )
         if not self.keep_base:
             return []

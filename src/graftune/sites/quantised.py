@@ -125,6 +125,31 @@ def keep_exact(model: nn.Module) -> None:
                 weight.data, weight.quant_state = _as_quantised(weight.data, weight.quant_state)
 
 
+def share_tables(model: nn.Module) -> None:
+    """Lets a model's 4-bit weights have one table of 16 values, and one of the scales' 256.
+
+    Each has its own of them when it is quantised, 1,088 bytes: 0.02 bits a parameter where linears
+    are 576 wide. In a state dict each has its own again, as a file must.
+    """
+    tables: dict[tuple[torch.device, bytes], Tensor] = {}
+    for host in model.modules():
+        state: Any = getattr(host._parameters.get("weight"), "quant_state", None)
+        while state is not None:
+            key = state.code.device, state.code.cpu().numpy().tobytes()
+            state.code = tables.setdefault(key, state.code)
+            state = state.state2 if state.nested else None
+    if tables:
+        model.register_state_dict_post_hook(_copy_tables)
+
+
+def _copy_tables(
+    model: nn.Module, tensors: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    for name in tensors:
+        if name.endswith("quant_map"):
+            tensors[name] = tensors[name].clone()
+
+
 def _as_quantised(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Returns 4-bit codes and their state in the order of the numbers."""
     if not getattr(state, "packing_format_for_cpu", False):

@@ -102,7 +102,7 @@ def load_base(
         >>> base.fresh  # doctest: +SKIP
         ('classifier.bias', 'classifier.weight')
     """
-    from graftune.sites.quantised import keep_exact
+    from graftune.sites.quantised import keep_exact, share_tables
 
     _check_settings(task, labels, dtype, attn)
     if quantize is not None:
@@ -116,6 +116,7 @@ def load_base(
         model, fresh = _model(source, config, task, dtype, attn, seed, quantize)
         tokenizer = _tokenizer(source)
     keep_exact(model)
+    share_tables(model)
     _refuse_gaps(model, fresh, spec, task)
     _agree_on_padding(tokenizer, model)
     _rename(model, spec)
