@@ -29,10 +29,15 @@ def quantised(family: str, scheme: str = "nf4", task: str = "default") -> PreTra
     return copy.deepcopy(_kept(family, scheme, task))
 
 
+def plain(family: str, task: str = "default") -> PreTrainedModel:
+    """Returns what they are quantised from, 64 wide: see `WIDTH` of graftune.tasks.quantising."""
+    return FAMILIES[family].build(task, hidden_size=64, intermediate_size=128)
+
+
 @functools.cache
 def _kept(family: str, scheme: str, task: str) -> PreTrainedModel:
-    plain = FAMILIES[family].build(task)
-    heads = [n for n, _ in plain.named_children() if n != plain.base_model_prefix]
+    made = plain(family, task)
+    heads = [n for n, _ in made.named_children() if n != made.base_model_prefix]
     asked = BitsAndBytesConfig(
         load_in_4bit=scheme != "int8",
         load_in_8bit=scheme == "int8",
@@ -41,8 +46,8 @@ def _kept(family: str, scheme: str, task: str) -> PreTrainedModel:
         **SETTINGS[scheme],
     )
     with tempfile.TemporaryDirectory() as folder:
-        plain.save_pretrained(folder)
-        model = type(plain).from_pretrained(
+        made.save_pretrained(folder)
+        model = type(made).from_pretrained(
             folder, quantization_config=asked, device_map={"": "cpu"}, dtype=torch.float32
         )
     keep_exact(model)

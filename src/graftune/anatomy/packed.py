@@ -5,7 +5,7 @@ A quantiser keeps codes in place of numbers, with the scales that turn them back
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,18 @@ def is_packed(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return True
     return type(tensor).__module__.startswith("torchao")
+
+
+def form_of(tensors: Iterable[Tensor]) -> str | None:
+    """Returns how the first packed one of some tensors is kept, such as "nf4"; None for none."""
+    packed = next((tensor for tensor in tensors if is_packed(tensor)), None)
+    if packed is None:
+        return None
+    kind = type(packed)
+    if kind.__module__.startswith("torchao"):
+        return f"torchao {kind.__name__}"
+    state: Any = getattr(packed, "quant_state", None)
+    return state.quant_type if state is not None else str(packed.dtype).removeprefix("torch.")
 
 
 def elements(tensor: Tensor) -> int:

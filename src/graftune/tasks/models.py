@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from graftune.errors import FormatError, GraftuneError, SettingsError, nearest
 from graftune.tasks.base_specs import is_gguf, listed, locate, not_found
 from graftune.tasks.gguf_models import quiet
-from graftune.tasks.quantising import Quantising, check_plain, device, left_alone
+from graftune.tasks.quantising import Quantising, check_done, check_plain, device, left_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -205,6 +205,8 @@ def _model(
             output_loading_info=True,
             **_quantised(auto, config, dtype, quantize),
         )
+    if quantize is not None:
+        check_done(model, quantize)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     return model.eval(), tuple(sorted({*report["missing_keys"], *mismatched}))
 
@@ -218,7 +220,7 @@ def _quantised(
     if quantize is None:
         return {}
     computes = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    asked = quantize.config(computes, left_alone(auto, config))
+    asked = quantize.config(computes, left_alone(auto, config, quantize.width))
     return {"quantization_config": asked, "device_map": {"": device()}}
 
 

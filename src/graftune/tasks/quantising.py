@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from graftune.anatomy.packed import is_packed
 from graftune.errors import SettingsError, nearest
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 SCHEMES = ("nf4", "fp4", "int8", "torchao-int8", "torchao-int4")
 FOUR_BITS = SCHEMES[:2]
+WIDTH = 64
+"""On a CPU, 4-bit linears have a multiple of so many inputs, which is a block: bitsandbytes' kernel
+reads the wrong scales where a row ends inside one (0.50.2, widths such as 32, 48 and 96)."""
 
 
 class Asked(Protocol):
@@ -83,6 +87,11 @@ class Quantising:
                 "train.quantize: torchao-int4 has no kernel for this machine's device, a CPU; "
                 "nf4 is the 4-bit scheme that has one, torchao-int8 torchao's."
             )
+
+    @property
+    def width(self) -> int:
+        """What a linear's inputs are a multiple of, if it is quantised here."""
+        return WIDTH if self.scheme in FOUR_BITS and device() == "cpu" else 1
 
     def config(self, dtype: Any, skip: list[str]) -> Any:
         """Returns transformers' own settings for it.
@@ -144,12 +153,24 @@ def check_plain(config: PreTrainedConfig, spec: str, asked: Quantising | None) -
         check_package(by, f'the base "{spec}"')
 
 
-def left_alone(kind: Any, config: PreTrainedConfig) -> list[str]:
+def check_done(model: nn.Module, asked: Quantising) -> None:
+    """Raises SettingsError where no linear of a model just loaded is quantised."""
+    if any(is_packed(tensor) for tensor in model.parameters()):
+        return
+    widths = f", whose inputs are a multiple of {asked.width}" if asked.width > 1 else ""
+    raise SettingsError(
+        f"train.quantize: {asked.scheme} finds nothing to quantise: this {type(model).__name__} "
+        f"has no linear in its blocks{widths}; leave it out."
+    )
+
+
+def left_alone(kind: Any, config: PreTrainedConfig, width: int = 1) -> list[str]:
     """Returns the names of the linears outside a model's blocks, and of routers inside.
 
     Args:
         kind: the auto class that the model is made by.
         config: its configuration.
+        width: linears inside are left alone too if their inputs are no multiple of it.
     """
     import torch
 
@@ -159,11 +180,15 @@ def left_alone(kind: Any, config: PreTrainedConfig) -> list[str]:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model: nn.Module = kind.from_config(config)
     blocks = [block.path for block in anatomy(model).blocks]
-    return [
-        name
-        for name, module in model.named_modules()
-        if linear_shape(module) is not None and (not is_in(name, blocks) or is_router(name, module))
-    ]
+    found: list[str] = []
+    for name, module in model.named_modules():
+        shape = linear_shape(module)
+        if shape is None:
+            continue
+        inside = is_in(name, blocks) and not is_router(name, module)
+        if not inside or shape[0] % width:
+            found.append(name)
+    return found
 
 
 def device() -> str:
