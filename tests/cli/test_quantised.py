@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import logging
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graftune as gt
 from graftune.anatomy.packed import elements, is_packed, stored_bytes, stored_parts
+from graftune.cli import main
 from graftune.errors import SettingsError
 from graftune.sites.quantised import keep_exact
 from graftune.tasks import quantising
@@ -196,3 +199,28 @@ def test_a_base_too_narrow_for_the_kernel_is_refused(tmp_path):
     tiny.llama(tmp_path / "narrow", width=16)
     with pytest.raises(SettingsError, match=r"finds nothing to quantise: .* multiple of 64"):
         load_base(str(tmp_path / "narrow"), "causal-lm", quantize=Quantising("nf4"))
+
+
+def test_adapters_train_in_bfloat16_where_asked(folder, graftune, tmp_path):
+    def trained_by(method):
+        return graftune(
+            "train", "--base", folder / "llama", "--data", folder / "rows.jsonl", "--task",
+            "instruct", "--method", method, "--quantize", "nf4", "--steps", 2, "--batch-size", 8,
+            "--set", "train.adapter_precision=bfloat16", "--out", tmp_path / method,
+        )  # fmt: skip
+
+    ended = trained_by("lora")
+    assert ended.code == 0, ended.err
+    tensors = load_file(tmp_path / "lora" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    ended = trained_by("loreft")
+    assert ended.code == 2
+    assert "LoReFT needs float32, found bfloat16" in ended.err
+
+
+def test_the_command_line_hushes_a_quantiser_that_is_merely_imported(monkeypatch):
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.NOTSET)
+    monkeypatch.setattr("graftune.cli.app.app", lambda **_: None)
+    main()
+    assert not logger.isEnabledFor(logging.WARNING)

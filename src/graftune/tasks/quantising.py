@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from graftune.attached import Adapter
+
 SCHEMES = ("nf4", "fp4", "int8", "torchao-int8", "torchao-int4")
 FOUR_BITS = SCHEMES[:2]
 WIDTH = 64
@@ -120,6 +122,25 @@ def _torchao(scheme: str) -> Any:
     if scheme == "torchao-int8":
         return torchao.Int8WeightOnlyConfig(version=2)
     return torchao.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d")
+
+
+def keep_in(adapter: Adapter, precision: str) -> None:
+    """Gives what an adapter trains a type.
+
+    Raises:
+        SettingsError: its method needs float32.
+    """
+    import torch
+
+    if precision == "float32":
+        return
+    if adapter.method.name == "LoReFT":
+        raise SettingsError(
+            f"train.adapter_precision: {adapter.method.name} needs float32, found {precision}: its "
+            "rotation is made orthogonal in each step, which 16 bit can't be."
+        )
+    for tensor in adapter.parameters():
+        tensor.data = tensor.data.to(getattr(torch, precision))
 
 
 def check_package(package: str, what: str) -> None:

@@ -19,7 +19,7 @@ from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.measured import Measured
 from graftune.tasks.models import load_base
 from graftune.tasks.predicting import answer, measure_logits
-from graftune.tasks.quantising import Quantising
+from graftune.tasks.quantising import Quantising, keep_in
 from graftune.tasks.resolving import length_limit, method_of, precision, resolved
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
@@ -167,6 +167,7 @@ class TrainingRun:
         adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed, data=seen)
         if start is not None:
             self._note(starting.take(adapter, start, str(self.settings.start)))
+        keep_in(adapter, self.settings.train.adapter_precision)
         note = dropping.activate(adapter, self.settings.train.drop)
         dropping.check_trains(adapter, self.settings.train.drop)
         if note is not None:
