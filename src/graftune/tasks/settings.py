@@ -140,7 +140,7 @@ class TrainSettings(_Section):
     double_quant: bool = True
     """Of `nf4` and `fp4`: quantise the scales too, 4.13 bits a parameter and not 4.5."""
     adapter_precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of what is trained; bfloat16 halves it and the optimizer states, and rounds each step."""
+    """Type of what is trained; bfloat16 halves it and its optimizer states, less exactly."""
     gradient_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
     trunk_cache: bool | None = None
