@@ -102,6 +102,7 @@ def load_base(
         >>> base.fresh  # doctest: +SKIP
         ('classifier.bias', 'classifier.weight')
     """
+    from graftune.sites import originals
     from graftune.sites.quantised import keep_exact, share_tables
 
     _check_settings(task, labels, dtype, attn)
@@ -120,6 +121,7 @@ def load_base(
     _refuse_gaps(model, fresh, spec, task)
     _agree_on_padding(tokenizer, model)
     _rename(model, spec)
+    originals.remember(model, source)
     folder = source if isinstance(source, Path) else None
     return Base(model=model, tokenizer=tokenizer, spec=spec, folder=folder, fresh=fresh)
 
