@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import graftune as gt
 from graftune.anatomy.packed import elements, is_packed, stored_bytes, stored_parts
 from graftune.cli import main
-from graftune.errors import SettingsError
+from graftune.errors import AdapterError, SettingsError
 from graftune.sites.quantised import keep_exact
 from graftune.tasks import quantising
 from graftune.tasks.models import load_base
 from graftune.tasks.quantising import Quantising
+from tests.contract.subjects import shake
 from tests.tasks import tiny
 
 pytest.importorskip("bitsandbytes", reason="bases in 4 and 8 bit need bitsandbytes")
@@ -224,3 +225,24 @@ def test_the_command_line_hushes_a_quantiser_that_is_merely_imported(monkeypatch
     monkeypatch.setattr("graftune.cli.app.app", lambda **_: None)
     main()
     assert not logger.isEnabledFor(logging.WARNING)
+
+
+def test_torchaos_eight_bits_train_and_merge_as_plain_numbers(folder):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    base = load_base(str(folder / "llama"), "causal-lm", quantize=Quantising("torchao-int8"))
+    assert sum(is_packed(tensor) for tensor in base.model.parameters()) == 14
+    plain = load_base(str(folder / "llama"), "causal-lm").model
+    assert gt.summary(base.model).base == sum(p.numel() for p in plain.parameters())
+    adapter = gt.attach(base.model, gt.LoRA(r=2), "x")
+    shake(adapter, seed=1)
+    ids = torch.randint(0, 20, (2, 8))
+    base.model(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+    with torch.no_grad():
+        expected = base.model(ids).logits
+        with pytest.raises(AdapterError, match="by torchao, which is not done again here"):
+            gt.merge(base.model, "x", quantized="requantize")
+        gt.merge(base.model, "x", quantized="dequantize")
+        assert torch.allclose(base.model(ids).logits, expected, atol=1e-4)
+        gt.unmerge(base.model)
+        assert torch.equal(base.model(ids).logits, expected)
