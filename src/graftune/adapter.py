@@ -20,6 +20,7 @@ from graftune.attached import STATE, Adapter, Grafts, adapters, anatomy_of, plai
 from graftune.composition import check_names, members_of
 from graftune.errors import AdapterError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
+from graftune.sites import quantised
 from graftune.sites.base import Graft, is_base
 from graftune.sites.parameter import own_value
 from graftune.sites.placing import forget_compiled, insert, remove
@@ -256,6 +257,7 @@ def _install(model: nn.Module, parts: Anatomy) -> Grafts:
     model.__dict__[STATE] = state
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    quantised.keep_exact(model)
     body = getattr(model, "base_model", model)
     for module in dict.fromkeys((model, body)):
         state.handles.append(module.register_forward_pre_hook(state.prepare))

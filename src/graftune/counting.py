@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from graftune.adapter import Adapter, adapters, plain_model
+from graftune.anatomy.packed import elements
 from graftune.sites.base import Graft
 
 
@@ -31,7 +32,7 @@ class Summary:
     Attributes:
         trainable: parameters that get gradients now.
         changed: entries of the base's tensors that differ when the adapters are applied.
-        base: parameters of the base, tied tensors once.
+        base: parameters of the base, tied tensors once; packed codes by the numbers they stand for.
         share: trainable over base, from 0 to 1.
         bytes: of all adapters' tensors, as they lie in files.
         sites: each place's counts, in the order attached.
@@ -66,7 +67,7 @@ def summary(model: nn.Module) -> Summary:
     model = plain_model(model)
     attached = adapters(model)
     own = {id(t) for a in attached.values() for g in a.grafts for _, t in g.tensors()}
-    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    base = sum(elements(p) for p in model.parameters() if id(p) not in own)
     sites = tuple(site for adapter in attached.values() for site in _sites(model, adapter))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = trainable / base if base else 0.0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from graftune.activating import check_composition
+from graftune.anatomy.packed import is_packed
 from graftune.attached import Adapter, Grafts, plain_model, state_of
 from graftune.composition import Composition, Stack, members_of
-from graftune.errors import AdapterError
-from graftune.sites import hosts
+from graftune.errors import AdapterError, SettingsError, nearest
+from graftune.sites import hosts, quantised
 from graftune.sites.base import (
     AttentionDelta,
     Delta,
@@ -35,22 +37,46 @@ class Merged:
     before: Composition
     originals: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = field(default_factory=list)
     untied: bool = False
+    opened: quantised.OpenedModel | None = None
 
 
-def merge(model: nn.Module, adapters: Composition) -> None:
+def merge(
+    model: nn.Module,
+    adapters: Composition,
+    *,
+    quantized: Literal["dequantize", "requantize"] | None = None,
+) -> None:
     """Writes an adapter (or a Stack) into the weights; the model is then a plain one.
 
     The originals are kept, so that `unmerge` is exact. Sums are made in float32 and cast back.
 
+    Args:
+        model: with adapters.
+        adapters: what to merge.
+        quantized: what becomes of a base that is quantised. "dequantize": all its linears become
+            plain ones of the dtype that it computes in, and the sum is kept whole; "requantize":
+            the sums are quantised as the weights were, which loses much of a small change.
+
     Raises:
-        AdapterError: if something is merged already, or a method or host can't be merged.
+        AdapterError: if something is merged already, or a method or host can't be merged; or a
+            change is of a quantised weight and `quantized` is None.
+        SettingsError: `quantized` is something else.
     """
     model = plain_model(model)
     state = state_of(model)
+    _check_choice(quantized)
     _check(state, adapters)
     chosen = [state.adapters[name] for name in members_of(adapters)]
-    changed = _changed_tensors(model, chosen)
-    record = Merged(tuple(a.name for a in chosen), state.active.plan.composition)
+    if quantized is None:
+        _check_plain(model, chosen)
+    opened = quantised.open_model(model) if quantized == "dequantize" else None
+    try:
+        changed = _changed_tensors(model, chosen)
+    except BaseException:
+        if opened is not None:
+            opened.close(model)
+        raise
+    record = Merged(tuple(a.name for a in chosen), state.active.plan.composition, opened=opened)
     for adapter in chosen:
         remove(model, adapter.name)
     for (path, name), value in changed.items():
@@ -76,7 +102,11 @@ def unmerge(model: nn.Module) -> None:
         raise AdapterError("Nothing is merged into this model.")
     for host, name, parameter, data in record.originals:
         parameter.data = data.to(parameter.device)
+        if is_packed(parameter):
+            quantised.put(host, parameter)
         host._parameters[name] = parameter
+    if record.opened is not None:
+        record.opened.close(model)
     if record.untied:
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
     for adapter_name in record.names:
@@ -90,6 +120,31 @@ def unmerge(model: nn.Module) -> None:
     state.merged = None
     state.active.set(record.before)
     state.tell_transformers()
+
+
+def _check_choice(quantized: str | None) -> None:
+    choices = ("dequantize", "requantize")
+    if quantized is not None and quantized not in choices:
+        raise SettingsError(
+            f'quantized is {quantized!r}; expected "dequantize", "requantize" or None.'
+            f"{nearest(str(quantized), choices)}"
+        )
+
+
+def _check_plain(model: nn.Module, adapters: list[Adapter]) -> None:
+    """Raises where a change is of a quantised weight."""
+    for adapter in adapters:
+        for graft in adapter.grafts:
+            place = graft.place
+            if place.parameter == "weight" and hosts.is_quantised(
+                model.get_submodule(place.module)
+            ):
+                raise AdapterError(
+                    f'Adapter "{adapter.name}" changes {place.module}, whose weight is quantised: '
+                    'merge with quantized="dequantize" for a plain model (in the command line '
+                    '--dequantize), or with quantized="requantize", which loses some of the '
+                    "change; nothing was changed."
+                )
 
 
 def _check(state: Grafts, adapters: Composition) -> None:
@@ -145,8 +200,11 @@ def _turn(step: tuple[Adapter, Graft]) -> int:
 
 
 def _narrow(model: nn.Module, key: tuple[str, str], value: Tensor) -> Tensor:
-    old = model.get_submodule(key[0])._parameters[key[1]]
+    host = model.get_submodule(key[0])
+    old = host._parameters[key[1]]
     assert old is not None
+    if is_packed(old):
+        return value if is_packed(value) else quantised.packed(host, value)
     return value.to(old.dtype).contiguous()
 
 
@@ -162,12 +220,9 @@ def _add(
             f'Adapter "{adapter.name}" can\'t be merged: {place.module} has no {place.parameter} '
             "to write into, and a new one would not be in the base model's class."
         )
-    if hosts.is_quantised(host):
-        raise AdapterError(
-            f'Adapter "{adapter.name}" can\'t be merged into {place.module}: its weight is '
-            "quantised; load the base in 16 or 32 bit."
-        )
     now = changed.get(key)
+    if now is None and is_packed(base):
+        now = quantised.numbers(host)
     if isinstance(delta, ParameterDelta):
         wide = base.detach() if now is None else now
         with _at_rest(delta):
@@ -230,7 +285,13 @@ def _replace(model: nn.Module, record: Merged, path: str, name: str, value: Tens
     host = model.get_submodule(path)
     parameter = host._parameters[name]
     assert parameter is not None
-    record.originals.append((host, name, parameter, parameter.data))
+    if is_packed(parameter):
+        record.originals.append((host, name, quantised.taken(host), parameter.data))
+        assert isinstance(value, nn.Parameter)
+        quantised.put(host, value)
+        return
+    if name != "weight" or record.opened is None or not record.opened.holds(host):
+        record.originals.append((host, name, parameter, parameter.data))
     ties = tensor_names(model)[id(parameter)]
     if len(ties) > 1 and name == "weight" and _splits_tie(model, record, ties):
         host._parameters[name] = nn.Parameter(value, requires_grad=False)

@@ -27,7 +27,7 @@ def test_a_difference_above_the_tolerance_is_refused_and_leaves_nothing(
     graftune, trained, tmp_path, monkeypatch
 ):
     out, _ = trained
-    monkeypatch.setattr(merging, "_save_checked", lambda *_: 0.5)
+    monkeypatch.setattr(merging, "_save_checked", lambda *_: merging.Difference(0.5, 0.1))
     ended = graftune("merge", out, "--into", tmp_path / "merged", "--tolerance", "0.1")
     assert ended.code == 1
     assert "differ by up to 0.5" in ended.err
@@ -36,7 +36,7 @@ def test_a_difference_above_the_tolerance_is_refused_and_leaves_nothing(
 
 def test_logits_that_are_not_numbers_are_refused():
     with pytest.raises(TrainingError, match="differ by up to nan"):
-        merging._refuse_above(float("nan"), 1.0)
+        merging._refuse_above(merging.Difference(float("nan"), 0.0), 1.0)
 
 
 def test_a_folder_in_use_is_refused(graftune, trained, tmp_path):

@@ -277,11 +277,12 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"lr_ratio": -2}, "LoRA: lr_ratio is -2, expected at least 0."),
     (
         {"init": "pisa"},
-        "LoRA: init is 'pisa', expected one of zero-B, gaussian, pissa, olora, eva. "
+        "LoRA: init is 'pisa', expected one of zero-B, gaussian, pissa, olora, eva, loftq. "
         'Did you mean "pissa"?',
     ),
     ({"init": 3}, "LoRA: init is 3 (int), expected"),
-    ({"init": "loftq"}, 'LoRA: init "loftq" corrects the error of a quantised base, which is not'),
+    ({"init": "loftq", "dora": True}, 'LoRA: init "loftq" goes with neither dora nor lora_bias.'),
+    ({"init": "loftq", "alpha": 0}, 'LoRA: init "loftq" divides by alpha, which is 0.'),
     ({"init": "eva", "eva_rho": 0.5}, "LoRA: eva_rho is 0.5, expected at least 1."),
     ({"init": "eva", "eva_tau": 1.1}, "LoRA: eva_tau is 1.1, expected between 0 and 1."),
     ({"eva_rho": 1.0}, 'LoRA: eva_rho is a setting of init="eva", found init="zero-B".'),

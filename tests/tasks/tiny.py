@@ -101,7 +101,9 @@ def masked_bert(folder: Path, positions: int = 64) -> Path:
     return _saved(BertForMaskedLM(config), tokenizer, folder)
 
 
-def llama(folder: Path, *, template: str | None = CHATML, positions: int = 128) -> Path:
+def llama(
+    folder: Path, *, template: str | None = CHATML, positions: int = 128, width: int = 32
+) -> Path:
     """A LLaMA of two blocks with a chat template."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,8 +112,8 @@ def llama(folder: Path, *, template: str | None = CHATML, positions: int = 128) 
     tokenizer = _tokenizer(specials, "<pad>", "<unk>", eos="<|im_end|>")
     tokenizer.chat_template = template
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=positions,
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=2 * width, max_position_embeddings=positions,
         pad_token_id=0, bos_token_id=None, eos_token_id=3, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)

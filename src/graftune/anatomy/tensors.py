@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from graftune.anatomy.layers import pick_layers
 from graftune.anatomy.modules import GRAFTS, common, is_embedding, is_in, leaf, parent, within
+from graftune.anatomy.packed import is_packed
 from graftune.anatomy.parts import Anatomy, Projection, Role, Span, SpanKind
 from graftune.anatomy.targets import ROLES, Layers
 from graftune.errors import AnatomyError, nearest
@@ -337,7 +338,7 @@ class _Own:
 
 def _is_trainable(tensor: Tensor | None) -> bool:
     """Whether a tensor holds plain numbers; those of 8 bits mean something with a scale only."""
-    return tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return tensor is not None and not is_packed(tensor)
 
 
 def _heads(anatomy: Anatomy) -> list[str]:

@@ -32,6 +32,7 @@ def load_base_of(folder: Path, base: str | None) -> Base:
         FormatError: The directory doesn't say its base, or is no adapter's.
     """
     from graftune.tasks.models import LABELLED, load_base
+    from graftune.tasks.quantising import Quantising
     from graftune.tasks.task import tasks
 
     config = _read(folder / "adapter_config.json")
@@ -44,7 +45,8 @@ def load_base_of(folder: Path, base: str | None) -> Base:
     own = tasks().get(str(ours.get("task")))
     task = own.model_task if own is not None else _TASKS.get(str(config.get("task_type")))
     labels = (ours.get("labels") or _labels(folder)) if task in LABELLED else None
-    loaded = load_base(str(spec), task or "causal-lm", labels=labels)
+    quantize = Quantising.told(ours)
+    loaded = load_base(str(spec), task or "causal-lm", labels=labels, quantize=quantize)
     if ours.get("chat_template"):
         loaded.tokenizer.chat_template = ours["chat_template"]
     return loaded

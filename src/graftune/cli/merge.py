@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -23,6 +23,7 @@ PROBES = (
     "It rained all night and it still says the air is dry; is the sensor broken, or is it me?",
 )
 """Texts on which the merged model is compared with base and adapter."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge(
@@ -30,6 +31,18 @@ def merge(
     into: Annotated[Path, typer.Option("--into", help="The folder to write; must not exist yet.")],
     base: Annotated[
         str | None, typer.Option(help="The base model, if it isn't where the adapter says.")
+    ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Of a quantised base: write plain weights."),
+    ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Of a quantised base: quantise the sums; loses some."),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of plain weights: float32, bfloat16 or float16; else the base's."),
     ] = None,
     tolerance: Annotated[
         float,
@@ -44,19 +57,26 @@ def merge(
     it is kept, and its logits are compared with those of base and adapter: a difference above
     --tolerance is refused and nothing is left behind.
 
+    A base that was quantised for training is loaded so again. --dequantize writes a plain
+    checkpoint, which loads without its quantiser; --requantize one that is quantised as it was,
+    whose logits differ by far more than the default tolerance.
+
     \b
     Examples:
       graftune merge runs/classification-lora --into merged
       graftune merge ./peft-adapter --base ./model --into merged --tolerance 1e-4
+      graftune merge runs/instruct-lora --into merged --dequantize
     """
     from graftune.cli import screen
 
     _check_free(into)
+    form = Form.of(dequantize, requantize, dtype)
     folder = adapter_folder(adapter)
-    difference, size = _merge(folder, into, base, tolerance)
+    difference, size = _merge(folder, into, base, form, tolerance)
     found = {
         "into": str(into),
-        "max_logit_difference": difference,
+        "max_logit_difference": difference.logit,
+        "max_probability_difference": difference.probability,
         "tolerance": tolerance,
         "bytes": size,
     }
@@ -66,7 +86,10 @@ def merge(
     from graftune.compare.report import words
 
     print(f"merged into {into} ({words.size(size)})")
-    print(f"largest difference of a logit: {difference:.2g} (accepted up to {tolerance:g})")
+    print(
+        f"largest difference of a logit: {difference.logit:.2g} (accepted up to {tolerance:g}), "
+        f"of a probability: {difference.probability:.2g}"
+    )
 
 
 def _check_free(into: Path) -> None:
@@ -76,15 +99,73 @@ def _check_free(into: Path) -> None:
         raise SettingsError(f'--into "{into}" exists and is not empty; name a new folder.')
 
 
-def _merge(folder: Path, into: Path, base: str | None, tolerance: float) -> tuple[float, int]:
-    """Returns the largest difference of a logit and the bytes written."""
+class Difference(NamedTuple):
+    """How far two models' answers to `PROBES` are apart at most."""
+
+    logit: float
+    probability: float
+
+    @classmethod
+    def of(cls, found: Tensor, expected: Tensor) -> Difference:
+        """Returns it for logits of one shape."""
+        found, expected = found.float().cpu(), expected.float().cpu()
+        likely = found.softmax(-1) - expected.softmax(-1)
+        return cls(float((found - expected).abs().max()), float(likely.abs().max()))
+
+
+class Form(NamedTuple):
+    """What becomes of a quantised base."""
+
+    quantized: Literal["dequantize", "requantize"] | None
+    dtype: str | None
+
+    @classmethod
+    def of(cls, dequantize: bool, requantize: bool, dtype: str | None) -> Form:
+        """Returns what the flags ask for.
+
+        Raises:
+            SettingsError: they contradict each other, or the dtype is unknown.
+        """
+        from graftune.errors import SettingsError, nearest
+
+        if dequantize and requantize:
+            raise SettingsError("--dequantize and --requantize: give one of the two.")
+        if dtype is not None and dtype not in DTYPES:
+            raise SettingsError(
+                f'--dtype is "{dtype}"; expected {", ".join(DTYPES)}.{nearest(dtype, DTYPES)}'
+            )
+        if dtype is not None and requantize:
+            raise SettingsError("--dtype is for plain weights: leave it out with --requantize.")
+        asked = "dequantize" if dequantize else "requantize" if requantize else None
+        return cls(asked, dtype)
+
+    def check(self, loaded: Base) -> None:
+        """Raises SettingsError where a base that isn't quantised is asked to change that."""
+        from graftune.errors import SettingsError
+
+        if self.quantized and not getattr(loaded.model, "is_quantized", False):
+            raise SettingsError(
+                f'--{self.quantized}: the base "{loaded.spec}" is loaded as plain weights; leave '
+                "it out."
+            )
+
+
+def _merge(
+    folder: Path, into: Path, base: str | None, form: Form, tolerance: float
+) -> tuple[Difference, int]:
+    """Returns the largest differences and the bytes written."""
+    import torch
+
     import graftune as gt
     from graftune.cli.bases import load_base_of
 
     loaded = load_base_of(folder, base)
+    form.check(loaded)
     gt.load(loaded.model, folder, name="merged")
     expected = logits(loaded)
-    gt.merge(loaded.model, "merged")
+    gt.merge(loaded.model, "merged", quantized=form.quantized)
+    if form.dtype is not None:
+        loaded.model.to(getattr(torch, form.dtype))
     part = into.with_name(f".{into.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -99,24 +180,27 @@ def _merge(folder: Path, into: Path, base: str | None, tolerance: float) -> tupl
     return difference, size
 
 
-def _save_checked(loaded: Base, part: Path, expected: Tensor) -> float:
-    """Saves the merged model and tokenizer, loads both again, returns the largest difference."""
+def _save_checked(loaded: Base, part: Path, expected: Tensor) -> Difference:
+    """Saves the merged model and tokenizer, loads both again, returns the largest differences."""
+    from graftune.sites.quantised import keep_exact
+
     part.parent.mkdir(parents=True, exist_ok=True)
     loaded.model.save_pretrained(part)
     loaded.tokenizer.save_pretrained(part)
     again: Any = type(loaded.model).from_pretrained(part, dtype=loaded.model.dtype)
-    found = logits(loaded, again.eval())
-    return float((found.float() - expected.float()).abs().max())
+    keep_exact(again)
+    return Difference.of(logits(loaded, again.eval()), expected)
 
 
-def _refuse_above(difference: float, tolerance: float) -> None:
+def _refuse_above(difference: Difference, tolerance: float) -> None:
     from graftune.errors import TrainingError
 
-    if not difference <= tolerance:
+    if not difference.logit <= tolerance:
         raise TrainingError(
-            f"the merged model's logits differ by up to {difference:.3g} from those of base and "
-            f"adapter, above --tolerance {tolerance:g}; nothing was written. Load the base in "
-            "float32, or accept it with a larger --tolerance."
+            f"the merged model's logits differ by up to {difference.logit:.3g} from those of base "
+            f"and adapter (a probability by {difference.probability:.2g}), above --tolerance "
+            f"{tolerance:g}; nothing was written. Load the base in float32 (--dequantize a "
+            "quantised one), or accept it with a larger --tolerance."
         )
 
 

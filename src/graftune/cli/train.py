@@ -123,6 +123,13 @@ def train(
         str | None,
         typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_TRAINING),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Load the base in 4 or 8 bit: nf4, fp4, int8, torchao-int8 or torchao-int4.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     change: Annotated[
         list[str] | None,
         typer.Option(
@@ -186,6 +193,7 @@ def train(
         "method.template": template,
         "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
         "train.lr": lr, "train.seed": seed, "train.precision": precision,
+        "train.quantize": quantize,
     }  # fmt: skip
     settings = settings_from(config, flags, change or [])
     if dry_run:

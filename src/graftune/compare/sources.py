@@ -111,12 +111,19 @@ def save(settings: RunSettings, tokens: Tensor, folder: Path) -> None:
 
 def _base(settings: RunSettings) -> Any:
     from graftune.tasks.models import load_base
+    from graftune.tasks.quantising import Quantising
     from graftune.tasks.resolving import precision
     from graftune.tasks.task import find_task
 
     task = find_task(settings.task, settings.task_options)
     labels = ["0", "1"] if task.new_head else None
-    return load_base(settings.base, task.model_task, labels=labels, dtype=precision(settings)).model
+    return load_base(
+        settings.base,
+        task.model_task,
+        labels=labels,
+        dtype=precision(settings),
+        quantize=Quantising.asked(settings.train),
+    ).model
 
 
 def _loaded(model: Any, given: str, name: str, base: str) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from graftune.anatomy.modules import is_in
+from graftune.anatomy.packed import form_of, is_packed
 from graftune.errors import BaseMismatchError
 from graftune.sites.base import base_modules
 
@@ -31,11 +33,13 @@ def fingerprint(
     """
     config = getattr(model, "config", None)
     sizes = {key: getattr(config, key, None) for key in _SIZES}
+    form = form_of(base_tensors(model).values())
     return {
         "class": type(model).__name__,
         "name": base_name(model),
         "sizes": {key: value for key, value in sizes.items() if isinstance(value, int | str)},
         "weights": None if changed else _checksum(model, tuple(skip)),
+        **({} if form is None else {"quantised": form}),
     }
 
 
@@ -58,6 +62,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[str] = ()) -> None:
     """Compares a model with the fingerprint an adapter was saved with.
 
+    A base that is quantised otherwise than the adapter's was is warned of: its answers differ.
+
     Raises:
         BaseMismatchError: class, sizes or weights differ; the message names both models.
     """
@@ -65,6 +71,13 @@ def check(model: nn.Module, saved: dict[str, Any], where: str, skip: Iterable[st
     ours = f"{found['class']}{_quoted(found['name'])}"
     theirs = _named(saved)
     check_sizes(getattr(model, "config", None), saved, where, ours)
+    was, now = (str(one.get("quantised", "no quantisation")) for one in (saved, found))
+    if was != now:
+        warnings.warn(
+            f"{where} was trained over {theirs} with {was}, and this base has {now}: it acts, and "
+            "its answers differ from those it was trained for.",
+            stacklevel=3,
+        )
     if (
         None not in (saved.get("weights"), found["weights"])
         and saved["weights"] != found["weights"]
@@ -101,7 +114,7 @@ def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
         for name, tensor in base_tensors(model).items()
         if tensor.ndim >= 2 and not is_in(name, skip)
     ]
-    if not matrices or any(not t.is_floating_point() or t.is_meta for t in matrices):
+    if not matrices or any(is_packed(t) or t.is_meta for t in matrices):
         return None  # quantised or without numbers: nothing to compare
     step = max(1, len(matrices) // _PROBES)
     digest = hashlib.sha256()

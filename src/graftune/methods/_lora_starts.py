@@ -14,26 +14,21 @@ from graftune.sites import hosts
 
 FROM_WEIGHT = ("pissa", "olora")
 """Starts whose change is counted from where it starts."""
-STARTS = ("zero-B", "gaussian", *FROM_WEIGHT, "eva")
+STARTS = ("zero-B", "gaussian", *FROM_WEIGHT, "eva", "loftq")
 
 
 def check(init: str, with_more: bool, alpha: float | None) -> None:
-    """Raises SettingsError for a start that isn't there yet, or that other settings rule out.
+    """Raises SettingsError for a start that other settings rule out.
 
     Args:
         init: the start asked for.
         with_more: whether dora or lora_bias is asked for too.
         alpha: the scale's numerator.
     """
-    if init == "loftq":
-        raise SettingsError(
-            'LoRA: init "loftq" corrects the error of a quantised base, which is not supported '
-            'yet; on a base in 16 or 32 bit take "pissa" or "eva".'
-        )
-    if init in FROM_WEIGHT and with_more:
+    if init in (*FROM_WEIGHT, "loftq") and with_more:
         raise SettingsError(f'LoRA: init "{init}" goes with neither dora nor lora_bias.')
-    if init == "pissa" and alpha == 0:
-        raise SettingsError('LoRA: init "pissa" divides by alpha, which is 0.')
+    if init in ("pissa", "loftq") and alpha == 0:
+        raise SettingsError(f'LoRA: init "{init}" divides by alpha, which is 0.')
 
 
 def reserve(delta: low_rank.LowRank, init: str) -> None:
@@ -85,18 +80,29 @@ def start_experts(A: Tensor, B: Tensor, init: str) -> None:
 
 def start_from_weight(init: str, delta: low_rank.LowRank, weight: Tensor) -> None:
     """Starts A and B from W, `(out, in)`: its top singular directions, or its first QR columns."""
-    r, scale = delta.A.shape[0], delta.scale
+    r = delta.A.shape[0]
     wide = weight.float()
     if init == "pissa":
-        U, S, V = torch.linalg.svd(wide, full_matrices=False)
-        root = torch.sqrt(S[:r] / scale)
-        delta.A.copy_(root[:, None] * V[:r])
-        delta.B.copy_(U[:, :r] * root)
+        _start_from_svd(delta, wide)
     else:
         Q, R = torch.linalg.qr(wide)
         delta.A.copy_(R[:r])
         delta.B.copy_(Q[:, :r])
     delta.start_from_here()
+
+
+@torch.no_grad()
+def start_from_residual(delta: low_rank.LowRank, lost: Tensor, projection: Projection) -> None:
+    """Starts A and B so that s B A is the best of their rank of what quantising lost (LoftQ)."""
+    _start_from_svd(delta, rows_of(lost, projection))
+
+
+def _start_from_svd(delta: low_rank.LowRank, matrix: Tensor) -> None:
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    r = delta.A.shape[0]
+    root = torch.sqrt(S[:r] / delta.scale)
+    delta.A.copy_(root[:, None] * V[:r])
+    delta.B.copy_(U[:, :r] * root)
 
 
 def indices(projection: Projection, device: torch.device) -> Tensor | None:

@@ -15,6 +15,8 @@ from typing import ClassVar
 from torch import nn
 
 from graftune.anatomy import Anatomy
+from graftune.anatomy.packed import is_packed
+from graftune.errors import SettingsError
 from graftune.methods.base import Method, register
 from graftune.sites.base import Graft
 from graftune.sites.parameter import base_parameters, own_value
@@ -42,7 +44,18 @@ class FullFineTuning(Method):
         return not self.keep_base
 
     def plan(self, model: nn.Module, anatomy: Anatomy, *, empty: bool = False) -> list[Graft]:
-        """Returns a copy of every parameter with `keep_base`, else nothing."""
+        """Returns a copy of every parameter with `keep_base`, else nothing.
+
+        Raises:
+            SettingsError: the base is quantised.
+        """
+        packed = [name for name, tensor in base_parameters(model).items() if is_packed(tensor)]
+        if packed:
+            raise SettingsError(
+                f"FullFineTuning trains every tensor, and {len(packed)} of the base's are "
+                f"quantised, such as {packed[0]}: load the base in 16 or 32 bit, or take a method "
+                "that trains beside them, as LoRA does."
+            )
         if not self.keep_base:
             return []
         return [own_value(model, name, empty=empty) for name in base_parameters(model)]

@@ -6,7 +6,8 @@
 Identity at init: yes, bit for bit. Merge: W + s B A. Count: r * (in + out) per matrix.
 PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start A and B from W; here the change is
 counted from that start, so W itself stays as it is. EVA (arXiv 2410.07170) starts A from data: see
-`_eva`. DoRA: see `Magnitude`. LoRA+: `lr_ratio`.
+`_eva`. LoftQ (arXiv 2310.08659) starts s B A from what quantising lost, in one step of the paper's,
+so that the codes stay; identity at init: no. DoRA: see `Magnitude`. LoRA+: `lr_ratio`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from graftune.methods._lora_tokens import token_embedding, token_grafts
 from graftune.methods._patterns import check_patterns, check_used, value_for
 from graftune.methods._weight_change import of_experts
 from graftune.methods.base import Method, register
-from graftune.sites import hosts
+from graftune.sites import hosts, originals
 from graftune.sites.base import Delta, Graft, LinearPlace
 from graftune.sites.parameter import own_value
 
@@ -67,8 +68,8 @@ class LoRA(Method):
     """Scale by alpha / sqrt(r)."""
     dora: bool = False
     """Train the length of each output row as well (DoRA)."""
-    init: Literal["zero-B", "gaussian", "pissa", "olora", "eva"] = "zero-B"
-    """How A and B start; "eva" looks at data first."""
+    init: Literal["zero-B", "gaussian", "pissa", "olora", "eva", "loftq"] = "zero-B"
+    """How A and B start; "eva" looks at data first, "loftq" at what quantising the base lost."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained with it: none, all of the model's, or those of its own hosts."""
     lora_bias: bool = False
@@ -148,12 +149,21 @@ class LoRA(Method):
         names = [_name(projection) for projection in chosen]
         check_used(self.name, "rank_pattern", self.rank_pattern, names)
         check_used(self.name, "alpha_pattern", self.alpha_pattern, names)
+        if self.init == "loftq" and not empty:
+            self._check_lossy(model, chosen)
         grafts = [self._graft(model, projection, empty) for projection in chosen]
         if self.gate is not None:
             add_gates(self.gate, grafts, anatomy, empty)
         for module, ids in self._tokens(anatomy).items():
             grafts += token_grafts(model, anatomy, module, ids)
         return grafts + self._biases(model, anatomy, chosen, empty)
+
+    def _check_lossy(self, model: nn.Module, chosen: tuple[Projection, ...]) -> None:
+        if not any(hosts.is_quantised(model.get_submodule(part.module)) for part in chosen):
+            raise SettingsError(
+                'LoRA: init "loftq" corrects the error of a quantised base, and none of the '
+                'targets is quantised; take "pissa" or "eva".'
+            )
 
     @property
     def needs_data(self) -> bool:
@@ -254,6 +264,10 @@ class LoRA(Method):
         taps = int(math.prod(getattr(host, "kernel_size", ())))
         self._check_rank(projection.module, r, fan_in * taps, out, empty)
         delta = self._delta(host, projection, r, scale, empty)
+        if self.init == "loftq" and not empty and hosts.is_quantised(host):
+            assert isinstance(delta, low_rank.LowRank)
+            lost = originals.residual(model, projection.module)
+            starts.start_from_residual(delta, lost, projection)
         place = LinearPlace(projection.module, projection.role, projection.rows)
         return Graft(place, delta)
 
@@ -294,7 +308,7 @@ class LoRA(Method):
         self, host: nn.Module, projection: Projection, r: int, scale: float, empty: bool
     ) -> Graft:
         plain = not (self.dropout or self.dora or self.lora_bias or self.gate)
-        if not plain or self.init in starts.FROM_WEIGHT:
+        if not plain or self.init in (*starts.FROM_WEIGHT, "loftq"):
             raise SettingsError(
                 f"LoRA: {projection.path} holds the weights of experts, on which dropout, dora, "
                 "lora_bias, a gate and init from the weight are not possible; leave it out with "

@@ -11,7 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from graftune.errors import AdapterError
+from graftune.anatomy.packed import is_packed
+from graftune.sites import quantised
 
 HostKind = Literal["linear", "embedding", "conv", "tensor"]
 
@@ -33,9 +34,9 @@ def kind_of(host: nn.Module, parameter: str = "weight") -> HostKind:
 
 
 def is_quantised(host: nn.Module) -> bool:
-    """Whether the module's weight isn't a floating-point tensor of the size it stands for."""
+    """Whether the module's weight is kept as codes, not as numbers."""
     weight = getattr(host, "weight", None)
-    return isinstance(weight, Tensor) and not weight.is_floating_point()
+    return isinstance(weight, Tensor) and is_packed(weight)
 
 
 def features(host: nn.Module) -> tuple[int, int]:
@@ -75,14 +76,13 @@ def oriented(host: nn.Module, weight: Tensor) -> Tensor:
 def read(host: nn.Module, parameter: str = "weight") -> Tensor:
     """Returns the host's present weight as (out, in, ...), in its own dtype.
 
+    A quantised weight is returned as the numbers that its codes stand for.
+
     Raises:
-        AdapterError: if the host is quantised.
+        AdapterError: if the host is quantised by something unknown.
     """
-    if is_quantised(host):
-        raise AdapterError(
-            f"The weight of a {type(host).__name__} is quantised and can't be read as numbers "
-            "here: load the base model in 16 or 32 bit for this."
-        )
+    if parameter == "weight" and is_quantised(host):
+        return quantised.numbers(host)
     value = getattr(host, parameter)
     return oriented(host, value) if parameter == "weight" else value
 
@@ -101,5 +101,5 @@ def delta_options(host: nn.Module, parameter: str = "weight") -> dict[str, Any]:
     tensor = getattr(host, parameter, None)
     if tensor is None:
         tensor = next(host.parameters())
-    wide = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
+    wide = not is_packed(tensor) and tensor.dtype.itemsize >= 4
     return {"device": tensor.device, "dtype": tensor.dtype if wide else torch.float32}

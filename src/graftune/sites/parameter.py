@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftune.anatomy.packed import is_packed
 from graftune.composition import Fused, Mean, Steps
 from graftune.errors import AdapterError
 from graftune.sites import hosts
@@ -56,10 +57,19 @@ def own_value(model: nn.Module, name: str, *, empty: bool = False, adds: bool = 
         name: the tensor's absolute name.
         empty: leave the copy uninitialised, for a file to fill it.
         adds: see `OwnValue`.
+
+    Raises:
+        AdapterError: the tensor is quantised.
     """
     module, _, parameter = name.rpartition(".")
     host = model.get_submodule(module)
     tensor = host.get_parameter(parameter)
+    if is_packed(tensor):
+        raise AdapterError(
+            f"{name} would be trained, and is quantised: load the base with {module} left as it is "
+            f'(llm_int8_skip_modules=["{module}"] of transformers\' quantisation settings), or, if '
+            "it is a head, attach with train_head=False."
+        )
     options = hosts.delta_options(host, parameter)
     copy = (
         torch.empty_like(tensor, **options) if empty else tensor.detach().to(**options, copy=True)
@@ -200,7 +210,10 @@ class ParameterSite(Site):
 def _as_computed(value: Tensor, host: nn.Module) -> Tensor:
     """Returns a tensor that the host lacks in the dtype that its others have."""
     weight = host._parameters.get("weight")
-    return value if weight is None or not weight.is_floating_point() else value.to(weight.dtype)
+    if weight is None:
+        return value
+    # bitsandbytes' linears cast the data of a bias in place: what they get is not the parameter.
+    return value.clone() if is_packed(weight) else value.to(weight.dtype)
 
 
 def _rows(given: Any, at: RowsAt, batch: int) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graftune.anatomy.packed import elements, stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import prompting, workspace
 from graftune.tasks.chat_prompt import ChatPrompt
@@ -17,6 +18,7 @@ from graftune.tasks.measured import Measured
 from graftune.tasks.predicting import measure_logits
 from graftune.tasks.prompt_costs import PromptCosts, break_even
 from graftune.tasks.prompt_room import check_room, first_prompt
+from graftune.tasks.quantising import Quantising
 from graftune.tasks.ranking import RankedPrompt
 from graftune.tasks.resolving import UNBOUNDED, check_roles, most_tokens, precision
 from graftune.tasks.result import RunResult, Watcher
@@ -29,7 +31,7 @@ SHOWN_ANSWERS = 8
 """Test rows that are answered where an answer is any text."""
 LONGEST_ANSWER = 128
 """Tokens of such an answer at most."""
-_USED = ("batch_size", "seed", "precision")
+_USED = ("batch_size", "seed", "precision", "quantize", "double_quant")
 
 
 @dataclass
@@ -132,6 +134,7 @@ class InContextRun:
             columns,
             precision(settings),
             self.watcher.on_note,
+            Quantising.asked(settings.train),
         )
         for note in () if self.task.picks else self.task.prepare(base.tokenizer):
             self._note(note)
@@ -215,8 +218,7 @@ class InContextRun:
     ) -> RunResult:
         from graftune.training.memory import peak_memory_bytes
 
-        parameters = list(ready.model.parameters())
-        count = sum(p.numel() for p in parameters)
+        count = sum(elements(p) for p in ready.model.parameters())
         against = break_even(costs.to_dict(), self.against) if self.against else {}
         return RunResult(
             name=self.settings.run_name,
@@ -229,7 +231,7 @@ class InContextRun:
             labels=self.labels,
             parameters={"trainable": 0, "changed": 0, "base": count, "share": 0.0},
             adapter_bytes=workspace.size_of(run_dir / workspace.ADAPTER),
-            base_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            base_bytes=stored_bytes(ready.model),
             seconds=time.monotonic() - self.began,
             peak_memory_bytes=peak_memory_bytes(),
             adapter_path=str(run_dir / workspace.ADAPTER),
@@ -258,6 +260,9 @@ def _resolved(settings: RunSettings, task: Task, method: InContext) -> RunSettin
     if settings.start is not None:
         raise SettingsError("start names an adapter, but in-context learning has no use for one.")
     check_roles(settings, task)
+    quantize = Quantising.asked(settings.train)
+    if quantize is not None:
+        quantize.check()
     return settings.replaced(
         name=settings.run_name,
         out=str(settings.run_dir),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from graftune.errors import FormatError, GraftuneError, SettingsError, nearest
 from graftune.tasks.base_specs import is_gguf, listed, locate, not_found
 from graftune.tasks.gguf_models import quiet
+from graftune.tasks.quantising import Quantising, check_done, check_plain, device, left_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,9 +73,12 @@ def load_base(
     dtype: str = "float32",
     attn: str | None = None,
     seed: int = 0,
+    quantize: Quantising | None = None,
     note: Callable[[str], object] | None = None,
 ) -> Base:
     """Returns the base model that `spec` names, in eval mode on the CPU, with its tokenizer.
+
+    A quantised one is put where it will run, on the GPU if there is one.
 
     Args:
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
@@ -86,6 +90,7 @@ def load_base(
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
         attn: transformers' attention implementation; None lets the model choose.
         seed: draws the new head; the caller's random state is left alone.
+        quantize: how linears inside the blocks are quantised; None leaves them.
         note: told one line before a conversion that takes long; default: standard error.
 
     Raises:
@@ -97,17 +102,26 @@ def load_base(
         >>> base.fresh  # doctest: +SKIP
         ('classifier.bias', 'classifier.weight')
     """
+    from graftune.sites import originals
+    from graftune.sites.quantised import keep_exact, share_tables
+
     _check_settings(task, labels, dtype, attn)
+    if quantize is not None:
+        quantize.check()
     source = locate(spec, note or _to_stderr)
     with quiet(), _clear_errors(spec, task, source):
         config = _config(source, labels, task)
+        check_plain(config, spec, quantize)
         if task == LANGUAGE_MODEL:
             task = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
-        model, fresh = _model(source, config, task, dtype, attn, seed)
+        model, fresh = _model(source, config, task, dtype, attn, seed, quantize)
         tokenizer = _tokenizer(source)
+    keep_exact(model)
+    share_tables(model)
     _refuse_gaps(model, fresh, spec, task)
     _agree_on_padding(tokenizer, model)
     _rename(model, spec)
+    originals.remember(model, source)
     folder = source if isinstance(source, Path) else None
     return Base(model=model, tokenizer=tokenizer, spec=spec, folder=folder, fresh=fresh)
 
@@ -172,6 +186,7 @@ def _model(
     dtype: str,
     attn: str | None,
     seed: int,
+    quantize: Quantising | None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Returns the model in eval mode, and the names of the tensors its checkpoint lacks."""
     import torch
@@ -190,9 +205,25 @@ def _model(
             key_mapping=_renamed(auto, config),
             ignore_mismatched_sizes=task in NEW_HEADS,
             output_loading_info=True,
+            **_quantised(auto, config, dtype, quantize),
         )
+    if quantize is not None:
+        check_done(model, quantize)
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     return model.eval(), tuple(sorted({*report["missing_keys"], *mismatched}))
+
+
+def _quantised(
+    auto: Any, config: PreTrainedConfig, dtype: str, quantize: Quantising | None
+) -> dict[str, Any]:
+    """Returns what a quantised base is loaded with besides."""
+    import torch
+
+    if quantize is None:
+        return {}
+    computes = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    asked = quantize.config(computes, left_alone(auto, config, quantize.width))
+    return {"quantization_config": asked, "device_map": {"": device()}}
 
 
 def _renamed(auto: Any, config: PreTrainedConfig) -> dict[str, str] | None:

@@ -14,6 +14,7 @@ from graftune.tasks import beside, dropping
 from graftune.tasks.data import Example
 from graftune.tasks.measured import Measured
 from graftune.tasks.models import load_base
+from graftune.tasks.quantising import Quantising
 from graftune.tasks.task import Ready, Task, find_task
 from graftune.tasks.workspace import ADAPTER, PROMPT, read_task
 
@@ -131,7 +132,12 @@ def _prompted(
     if base_only:
         settings, shown = settings.model_copy(update={"shots": 0}), Demonstrations([])
     base, template = prompting.base_of(
-        told["base"], task, settings, told["columns"], told["precision"]
+        told["base"],
+        task,
+        settings,
+        told["columns"],
+        told["precision"],
+        quantize=Quantising.told(told),
     )
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]
@@ -148,13 +154,20 @@ def adapter_folder(directory: Path) -> Path:
 def _placed(ready: Ready) -> Ready:
     """Moves the model to the GPU where there is one."""
     model: Any = ready.model
-    model.to(_device())
+    if not getattr(model, "is_quantized", False):  # else it was loaded there
+        model.to(_device())
     return ready
 
 
 def _ready(told: Mapping[str, Any], task: Task) -> Ready:
     labels = (told["labels"] or None) if task.new_head else None
-    base = load_base(told["base"], task.model_task, labels=labels, dtype=told["precision"])
+    base = load_base(
+        told["base"],
+        task.model_task,
+        labels=labels,
+        dtype=told["precision"],
+        quantize=Quantising.told(told),
+    )
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]
     return Ready(base.model, base.tokenizer, told["labels"], told["max_length"])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftune.anatomy.packed import elements, stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import workspace
 from graftune.tasks.batches import batches_of_like_length
@@ -21,6 +22,7 @@ from graftune.tasks.data import Loaded, load
 from graftune.tasks.linear_head import best_head
 from graftune.tasks.metrics import confusion
 from graftune.tasks.models import load_base
+from graftune.tasks.quantising import Quantising
 from graftune.tasks.resolving import length_limit, precision
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
@@ -58,7 +60,13 @@ def _probed(
     from graftune.training.memory import peak_memory_bytes, reset_peak_memory
 
     reset_peak_memory()
-    base = load_base(settings.base, "feature", dtype=precision(settings), note=watcher.on_note)
+    base = load_base(
+        settings.base,
+        "feature",
+        dtype=precision(settings),
+        quantize=Quantising.asked(settings.train),
+        note=watcher.on_note,
+    )
     limit = length_limit(settings, task, base.model, base.tokenizer)
     ready = Ready(base.model, base.tokenizer, labels, limit)
     vectors = {split: sentence_vectors(task, ready, found) for split, found in data.splits.items()}
@@ -67,7 +75,7 @@ def _probed(
     said = {split: head.logits(found).argmax(dim=-1).numpy() for split, found in vectors.items()}
     tables = {split: confusion(targets[split].numpy(), said[split], len(labels)) for split in said}
     trained = head.weight.numel() + head.bias.numel()
-    size = sum(p.numel() for p in base.model.parameters())
+    size = sum(elements(p) for p in base.model.parameters())
     return RunResult(
         name=settings.run_name,
         kind="probe",
@@ -83,7 +91,7 @@ def _probed(
         labels=labels,
         parameters={"trainable": trained, "changed": 0, "base": size, "share": trained / size},
         adapter_bytes=0,
-        base_bytes=sum(p.numel() * p.element_size() for p in base.model.parameters()),
+        base_bytes=stored_bytes(base.model),
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory_bytes(),
         adapter_path="",

@@ -19,6 +19,7 @@ from graftune.tasks.measured import Measured
 from graftune.tasks.models import LANGUAGE_MODEL, base_config, load_base
 from graftune.tasks.predicting import measure_logits
 from graftune.tasks.prompt_costs import PromptCosts
+from graftune.tasks.quantising import Quantising
 from graftune.tasks.ranking import RankedPrompt
 from graftune.tasks.resolving import UNBOUNDED, most_tokens
 from graftune.tasks.task import Ready, Task
@@ -77,6 +78,7 @@ def base_of(
     columns: Mapping[str, str],
     dtype: str,
     note: Callable[[str], object] | None = None,
+    quantize: Quantising | None = None,
 ) -> tuple[Base, Template | None]:
     """Returns a base ready to be prompted, and the template for it; None for a chat.
 
@@ -85,10 +87,11 @@ def base_of(
         FormatError: The base can't be loaded so.
     """
     if not task.picks:
-        return load_base(spec, task.model_task, dtype=dtype, note=note), None
+        base = load_base(spec, task.model_task, dtype=dtype, note=note, quantize=quantize)
+        return base, None
     template = template_of(settings, spec, base_config(spec), columns)
     kind = "masked-lm" if template.has("mask") else LANGUAGE_MODEL
-    return load_base(spec, kind, dtype=dtype, note=note), template
+    return load_base(spec, kind, dtype=dtype, note=note, quantize=quantize), template
 
 
 def prompt_of(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftune.errors import SettingsError, nearest
+from graftune.tasks.quantising import Quantising
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Task
 
@@ -52,6 +53,9 @@ def resolved(settings: RunSettings, task: Task, method: Method) -> RunSettings:
     _check_metric(settings, task)
     check_roles(settings, task)
     _check_optimizer(train.optimizer)
+    quantize = Quantising.asked(train)
+    if quantize is not None:
+        quantize.check()
     select = "last" if 0 in (train.eval_every, train.save_every) else train.select
     if train.early_stop is not None and select != "best":
         raise SettingsError(

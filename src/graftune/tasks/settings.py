@@ -135,6 +135,12 @@ class TrainSettings(_Section):
     with noise."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights; auto: bfloat16 on a GPU that has it, else float32."""
+    quantize: Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"] | None = None
+    """Load the base's linears in 4 or 8 bit; what is trained beside them is float32."""
+    double_quant: bool = True
+    """Of `nf4` and `fp4`: quantise the scales too, 4.13 bits a parameter and not 4.5."""
+    adapter_precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of what is trained; bfloat16 halves it and its optimizer states, less exactly."""
     gradient_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
     trunk_cache: bool | None = None

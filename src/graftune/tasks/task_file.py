@@ -40,6 +40,8 @@ def write_task(run: Run, ready: Ready, run_dir: Path, *, chats: bool, **more: An
         "columns": run.data.report.columns,
         "chat_template": ready.tokenizer.chat_template if chats else None,
         "precision": precision(run.settings),
+        "quantize": run.settings.train.quantize,
+        "double_quant": run.settings.train.double_quant,
         **more,
     }
     for directory in (run_dir / workspace.ADAPTER, run_dir):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graftune.anatomy.packed import stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import beside, dropping, starting, workspace
 from graftune.tasks.data import Example, Loaded, load
@@ -18,6 +19,7 @@ from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.measured import Measured
 from graftune.tasks.models import load_base
 from graftune.tasks.predicting import answer, measure_logits
+from graftune.tasks.quantising import Quantising, keep_in
 from graftune.tasks.resolving import length_limit, method_of, precision, resolved
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
@@ -134,7 +136,7 @@ class TrainingRun:
         workspace.write_json(run_dir / workspace.ENVIRONMENT, environment)
         reset_peak_memory()
         ready, fresh = self._ready()
-        base_bytes = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+        base_bytes = stored_bytes(ready.model)
         beside.attach(ready.model, beside.keep(others, run_dir))
         encoded = self._encoded(ready)
         trained = time.monotonic()
@@ -165,6 +167,7 @@ class TrainingRun:
         adapter = attach(ready.model, self.method, self.settings.run_name, seed=seed, data=seen)
         if start is not None:
             self._note(starting.take(adapter, start, str(self.settings.start)))
+        keep_in(adapter, self.settings.train.adapter_precision)
         note = dropping.activate(adapter, self.settings.train.drop)
         dropping.check_trains(adapter, self.settings.train.drop)
         if note is not None:
@@ -206,6 +209,7 @@ class TrainingRun:
             labels=(self.labels or None) if self.task.new_head else None,
             dtype=precision(self.settings),
             seed=self.settings.train.seed,
+            quantize=Quantising.asked(self.settings.train),
             note=self._note,
         )
         for note in self.task.prepare(base.tokenizer):
