@@ -242,7 +242,8 @@ class Deferred(Tensor):
 def _piece(
     head: Callable[[Tensor], Tensor], steps: Any, last: Callable[..., Tensor], *part: Tensor
 ) -> Tensor:
-    return last(_stepped(head(part[0]), steps), *part[1:])
+    states = part[0].contiguous()  # as what comes back from offloading is, so that kernels agree
+    return last(_stepped(head(states), steps), *part[1:])
 
 
 def _stepped(logits: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
