@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from graftune.methods.vera import VeRA
     from graftune.prefixing import as_prefix
     from graftune.training import AdapterCallback, Trainer
+    from graftune.training.chunked_loss import chunked_loss
     from graftune.training.trunk_cache import TrunkCache
     from graftune.voting import vote
 
@@ -78,6 +79,7 @@ _HOMES = {
     "adapters": "adapter",
     "as_prefix": "prefixing",
     "attach": "adapter",
+    "chunked_loss": "training.chunked_loss",
     "combine": "combining",
     "detach": "adapter",
     "fusion_weights": "fusing",
@@ -145,6 +147,7 @@ __all__ = [
     "anatomy",
     "as_prefix",
     "attach",
+    "chunked_loss",
     "combine",
     "detach",
     "fusion_weights",

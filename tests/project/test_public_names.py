@@ -59,6 +59,7 @@ PUBLIC = [
     "anatomy",
     "as_prefix",
     "attach",
+    "chunked_loss",
     "combine",
     "detach",
     "fusion_weights",

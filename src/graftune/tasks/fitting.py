@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 
 from graftune.tasks.measured import Score
@@ -129,6 +130,7 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "metric_for_best_model": metric,
         "greater_is_better": metric not in ("loss", "perplexity"),
         "bf16": train.precision == "bfloat16",
+        "use_cpu": train.precision == "bfloat16" and not torch.cuda.is_available(),
         "fp16": train.precision == "float16",
         "remove_unused_columns": False,
         "label_names": ["labels"],
