@@ -162,6 +162,7 @@ def _add(
             f'Adapter "{adapter.name}" can\'t be merged: {place.module} has no {place.parameter} '
             "to write into, and a new one would not be in the base model's class."
         )
+    hosts.check_here(host, place.parameter)
     if hosts.is_quantised(host):
         raise AdapterError(
             f'Adapter "{adapter.name}" can\'t be merged into {place.module}: its weight is '
