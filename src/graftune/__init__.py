@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from graftune.planning import Plan, PlanSettings, fit, plan
     from graftune.prefixing import as_prefix
     from graftune.training import AdapterCallback, Trainer
+    from graftune.training.chunked_loss import chunked_loss
     from graftune.training.trunk_cache import TrunkCache
     from graftune.voting import vote
 
@@ -81,6 +82,7 @@ _HOMES = {
     "adapters": "adapter",
     "as_prefix": "prefixing",
     "attach": "adapter",
+    "chunked_loss": "training.chunked_loss",
     "combine": "combining",
     "detach": "adapter",
     "fit": "planning",
@@ -152,6 +154,7 @@ __all__ = [
     "anatomy",
     "as_prefix",
     "attach",
+    "chunked_loss",
     "combine",
     "detach",
     "fit",

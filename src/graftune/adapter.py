@@ -20,8 +20,8 @@ from graftune.attached import STATE, Adapter, Grafts, adapters, anatomy_of, plai
 from graftune.composition import check_names, members_of
 from graftune.errors import AdapterError, SettingsError, nearest
 from graftune.methods.base import HeadChoice, Method
-from graftune.sites import quantised
-from graftune.sites.base import Graft, is_base
+from graftune.sites import hosts, quantised
+from graftune.sites.base import Graft, ParameterPlace, is_base
 from graftune.sites.parameter import own_value
 from graftune.sites.placing import forget_compiled, insert, remove
 from graftune.sites.plan import Plan
@@ -133,6 +133,7 @@ def attach_planned(
         _check_place(state, method, name)
     parts = anatomy_of(model)
     planned = plan(parts)
+    _check_offloaded(model, planned)
     state = state or _install(model, parts)
     adapter = Adapter(name, planned.method, model, planned.grafts, planned.heads)
     state.adapters[name] = adapter
@@ -142,6 +143,18 @@ def attach_planned(
     set_active(state, check_composition(state, name))
     state.tell_transformers()
     return adapter
+
+
+def _check_offloaded(model: nn.Module, planned: Planned) -> None:
+    """Raises AdapterError where accelerate keeps weights elsewhere that are read or changed."""
+    if planned.method.trains_in_place:
+        for host in model.modules():
+            hosts.check_here(host, "weight")
+    for graft in planned.grafts:
+        host = model.get_submodule(graft.place.module)
+        reads = isinstance(graft.place, ParameterPlace)
+        if reads or any(tensor.is_meta for tensor in graft.delta.parameters()):
+            hosts.check_here(host, getattr(graft.place, "parameter", "weight"))
 
 
 def detach(model: nn.Module, name: str) -> None:

@@ -220,6 +220,7 @@ def _add(
             f'Adapter "{adapter.name}" can\'t be merged: {place.module} has no {place.parameter} '
             "to write into, and a new one would not be in the base model's class."
         )
+    hosts.check_here(host, place.parameter)
     now = changed.get(key)
     if now is None and is_packed(base):
         now = quantised.numbers(host)

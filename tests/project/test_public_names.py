@@ -61,6 +61,7 @@ PUBLIC = [
     "anatomy",
     "as_prefix",
     "attach",
+    "chunked_loss",
     "combine",
     "detach",
     "fit",

@@ -79,8 +79,10 @@ def read(host: nn.Module, parameter: str = "weight") -> Tensor:
     A quantised weight is returned as the numbers that its codes stand for.
 
     Raises:
-        AdapterError: if the host is quantised by something unknown.
+        AdapterError: if the host is quantised by something unknown, or accelerate keeps its
+            weight elsewhere.
     """
+    check_here(host, parameter)
     if parameter == "weight" and is_quantised(host):
         return quantised.numbers(host)
     value = getattr(host, parameter)
@@ -102,4 +104,41 @@ def delta_options(host: nn.Module, parameter: str = "weight") -> dict[str, Any]:
     if tensor is None:
         tensor = next(host.parameters())
     wide = not is_packed(tensor) and tensor.dtype.itemsize >= 4
-    return {"device": tensor.device, "dtype": tensor.dtype if wide else torch.float32}
+    return {"device": home(host, tensor), "dtype": tensor.dtype if wide else torch.float32}
+
+
+def home(host: nn.Module, tensor: Tensor) -> torch.device:
+    """Returns where a host computes: where its tensor is, or where accelerate brings it for that.
+
+    Args:
+        host: a module, or one around it.
+        tensor: one of its.
+    """
+    if not tensor.is_meta:
+        return tensor.device
+    devices = (d for module in host.modules() if (d := _brought_to(module)) is not None)
+    return next(devices, tensor.device)
+
+
+def is_elsewhere(host: nn.Module) -> bool:
+    """Whether accelerate keeps a module's own weights on disk, or another device, between calls."""
+    return _brought_to(host) is not None and any(p.is_meta for p in host.parameters(recurse=False))
+
+
+def check_here(host: nn.Module, parameter: str) -> None:
+    """Raises AdapterError if accelerate keeps a tensor elsewhere that must be read or changed."""
+    if is_elsewhere(host):
+        raise AdapterError(
+            f"The {parameter} of a {type(host).__name__} is kept on disk or in another memory by "
+            "accelerate (device_map) and can't be read or changed here: load the base without "
+            "offloading, or take what stays beside the weights, such as gt.LoRA, unmerged."
+        )
+
+
+def _brought_to(module: nn.Module) -> torch.device | None:
+    """Returns the device that a hook of accelerate brings a module's offloaded weights to."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    return None

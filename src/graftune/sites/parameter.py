@@ -63,6 +63,7 @@ def own_value(model: nn.Module, name: str, *, empty: bool = False, adds: bool = 
     """
     module, _, parameter = name.rpartition(".")
     host = model.get_submodule(module)
+    hosts.check_here(host, parameter)
     tensor = host.get_parameter(parameter)
     if is_packed(tensor):
         raise AdapterError(

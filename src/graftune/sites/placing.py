@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
+from graftune.sites import hosts
 from graftune.sites.attention import AttentionSite, asks_the_registry
 from graftune.sites.base import (
     AttentionPlace,
@@ -161,7 +162,7 @@ def _made(active: Active, host: nn.Module, place: Place, layer: int) -> Site:
     assert isinstance(place, LinearPlace)
     if place.side == "input":
         return InputSite(active, layer)
-    return LinearSite(active, place.rows, next(host.parameters()).device, layer)
+    return LinearSite(active, place.rows, hosts.home(host, next(host.parameters())), layer)
 
 
 def _site(

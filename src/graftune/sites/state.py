@@ -156,7 +156,7 @@ class Recompute:
                     return run(*args)
             if self.is_reentrant:
                 args = _with_gradient(args)
-        return self.checkpoint(_Replay(run, self.active, self.active.current()), *args, **kwargs)
+        return self.checkpoint(Replay(run, self.active, self.active.current()), *args, **kwargs)
 
 
 def _needs_grad(value: Any) -> bool:
@@ -210,12 +210,15 @@ def _with_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-class _Replay:
+class Replay:
+    """A call that sees, whenever it runs, the plan and the masks of when it was made."""
+
     def __init__(self, run: Callable[..., Any], active: Active, plan: Plan) -> None:
         self.run, self.active, self.plan = run, active, plan
         self.masks = masks.noted()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs it."""
         with self.plan.copied(), masks.seen_as(self.masks):
             if self.active.current() is self.plan:
                 return self.run(*args, **kwargs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 
 from graftune.tasks.measured import Score
@@ -35,8 +36,8 @@ class Fitted:
     """The logged rows."""
     validation: dict[str, float]
     """The validation metrics of the weights that the run ends with; {} without validation."""
-    trunk: str | None = None
-    """What the trunk cache saved, in a sentence; None without one."""
+    said: tuple[str, ...] = ()
+    """What the trunk cache saved and whether the loss was in pieces, in a sentence each."""
 
 
 def total_steps(settings: RunSettings, rows: int) -> int:
@@ -81,12 +82,16 @@ def fit(
         group_by_length=settings.train.group_by_length,
         head_lr=settings.train.head_lr,
         trunk_cache=cached,
+        loss_chunk=settings.train.loss_chunk,
+        offload_activations=settings.train.offload_activations,
+        offload_optimizer=settings.train.offload_optimizer,
         callbacks=_callbacks(settings, watcher, run_dir, plan),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     found = _validated(trainer, settings) if validation else {}
-    return Fitted(history(trainer.state.log_history), found, trainer.trunk_summary)
+    said = tuple(one for one in (trainer.trunk_summary, trainer.chunk_summary) if one is not None)
+    return Fitted(history(trainer.state.log_history), found, said)
 
 
 def _caches_trunk(ready: Ready, task: Task, settings: RunSettings, rows: int) -> bool:
@@ -125,6 +130,7 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "metric_for_best_model": metric,
         "greater_is_better": metric not in ("loss", "perplexity"),
         "bf16": train.precision == "bfloat16",
+        "use_cpu": train.precision == "bfloat16" and not torch.cuda.is_available(),
         "fp16": train.precision == "float16",
         "remove_unused_columns": False,
         "label_names": ["labels"],

@@ -110,7 +110,8 @@ class TrainSettings(_Section):
     warmup: Fraction = 0.06
     """Share of the steps in which the learning rate rises from 0."""
     optimizer: str | None = None
-    """Optimiser by transformers' name, as `adafactor`, `sgd` or `adamw_8bit`. Default: AdamW."""
+    """Optimiser by transformers' name, as `adafactor`, `sgd`, `adamw_8bit` or `paged_adamw_8bit`.
+    Default: AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay of the optimiser; biases and norms never decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -143,6 +144,13 @@ class TrainSettings(_Section):
     """Type of what is trained; bfloat16 halves it and its optimizer states, less exactly."""
     gradient_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
+    loss_chunk: Count | None = None
+    """Instructions: tokens of which logits and loss are computed at once, so that those of a whole
+    batch are never kept. Default: all."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in the host's memory, not on the GPU."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in the host's memory between its steps."""
     trunk_cache: bool | None = None
     """Compute what lies below all that trains once, and keep it on disk while it trains. Default:
     where that changes nothing; true: also where the blocks drop out below, which is then off."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from graftune.anatomy.packed import stored_bytes
 from graftune.errors import SettingsError
-from graftune.tasks import beside, dropping, starting, workspace
+from graftune.tasks import beside, dropping, sparing, starting, workspace
 from graftune.tasks.data import Example, Loaded, load
 from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.measured import Measured
@@ -69,6 +69,7 @@ class TrainingRun:
         method.check_steps(total_steps(settings, len(data.splits["train"])))
         beside.check_names(settings, method)
         dropping.check(settings, method)
+        sparing.check(settings, task)
         run = cls(settings, task, method, data, labels, watcher, began)
         run.notes.extend(data.report.notes)
         if method.prunes and settings.train.select == "best":
@@ -144,8 +145,8 @@ class TrainingRun:
             self._start_head(ready, fresh, encoded)
         adapter = self._attach(ready, encoded, start)
         fitted = self._fit(ready, encoded, run_dir, resume)
-        if fitted.trunk is not None:
-            self._note(fitted.trunk)
+        for note in fitted.said:
+            self._note(note)
         if not resume:  # else only a part of the training was seen
             self.costs["start_seconds"] = time.monotonic() - trained
         self._measure_attention(ready, encoded)

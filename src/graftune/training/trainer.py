@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,11 @@ from graftune.adapter import Adapter
 from graftune.errors import TrainingError
 from graftune.training import checkpoints, groups
 from graftune.training.arguments import training_args
+from graftune.training.chunked_loss import LossChunks
 from graftune.training.diagnosis import first_nonfinite, nonfinite_gradient
 from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
+from graftune.training.offloading import Offloading, StateElsewhere
+from graftune.training.optimizers import check_optimizer
 from graftune.training.steps import Interruption, Steps, penalty_of, trainable
 from graftune.training.trunk_cache import Trunk
 
@@ -48,9 +52,12 @@ class TrainerMixin(_Base):
         forward: Callable[[nn.Module, Any], Any] | None = None,
         head_lr: float | None = None,
         trunk_cache: str | Path | bool | None = None,
+        loss_chunk: int | None = None,
+        offload_activations: bool = False,
+        offload_optimizer: bool = False,
         **settings: Any,
     ) -> None:
-        """Takes what the Trainer takes, and five settings more.
+        """Takes what the Trainer takes, and eight settings more.
 
         Args:
             model: a model with adapters attached (or without: then it trains what it would).
@@ -64,9 +71,15 @@ class TrainerMixin(_Base):
             head_lr: learning rate of heads that train with the adapters; None: `learning_rate`.
             trunk_cache: a folder to keep what the model computes below what trains, which later
                 epochs are fed with; dropout below is off. True: one that goes when training ends.
+            loss_chunk: tokens of which a language model computes logits and loss at once, in
+                training; None: all.
+            offload_activations: what a pass saves for its backward waits in the host's memory.
+            offload_optimizer: so does the optimizer's state between its steps.
             settings: the Trainer's further settings, by name.
         """
         self.trunk_cache, self._trunk = trunk_cache, Trunk()
+        self._chunks = LossChunks(loss_chunk)
+        self._offloading = Offloading(offload_activations, offload_optimizer)
         self.group_by_length = group_by_length
         self.on_interrupt = on_interrupt
         self.forward, self.head_lr = forward, head_lr
@@ -80,6 +93,9 @@ class TrainerMixin(_Base):
         args = training_args("tmp_trainer") if args is None else args
         if data_collator is None and settings.get("processing_class") is None and not rest:
             data_collator = _padding(model, settings.get("train_dataset"))
+        self._chunks.check(model, args, forward)
+        self._offloading.check(args)
+        check_optimizer(args)
         super().__init__(model, args, data_collator, *rest, **settings)
         self.add_callback(Steps(self))
 
@@ -87,6 +103,11 @@ class TrainerMixin(_Base):
     def trunk_summary(self) -> str | None:
         """What the trunk cache saved in the last training, in a sentence; None without one."""
         return self._trunk.summary
+
+    @property
+    def chunk_summary(self) -> str | None:
+        """Whether the loss is computed in pieces, in a sentence; None if nobody asked."""
+        return self._chunks.summary
 
     def training_adapters(self) -> list[Adapter]:
         """Returns the attached adapters that train."""
@@ -149,11 +170,19 @@ class TrainerMixin(_Base):
     ) -> Any:
         """Returns the model's loss plus the methods' penalties in training (with the outputs)."""
         result: Any
+        inner = _unwrapped(self)
         if self.forward is None:
-            with self._trunk.passing(inputs):
-                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = partial(super().compute_loss, model, num_items_in_batch=num_items_in_batch)
+            self._chunks.try_once(inner, inputs, loss)
+            with (
+                self._trunk.passing(inputs),
+                self._chunks.passing(inner),
+                self._offloading.passing(inner),
+            ):
+                result = loss(inputs, return_outputs)
         else:
-            outputs = self.forward(model, inputs)
+            with self._offloading.passing(inner):
+                outputs = self.forward(model, inputs)
             result = (outputs["loss"], outputs) if return_outputs else outputs["loss"]
         penalty = penalty_of(self.training_adapters()) if model.training else None
         if penalty is None:
@@ -196,7 +225,13 @@ class TrainerMixin(_Base):
             TrainingError: the optimizer makes its own groups, and a method needs some; or heads
                 have a learning rate, and none trains.
         """
-        model = self.model if model is None else model
+        is_new = self.optimizer is None
+        made = self._made_optimizer(self.model if model is None else model)
+        if is_new and self._offloading.optimizer:
+            StateElsewhere(made)
+        return made
+
+    def _made_optimizer(self, model: Any) -> torch.optim.Optimizer:
         lr = self.args.learning_rate
         adapters = self.training_adapters()
         asks = [a.method.name for a in adapters if a.method.param_groups(a, lr)]
