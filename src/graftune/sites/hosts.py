@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftune.anatomy.packed import is_packed
+from graftune.errors import AdapterError
 from graftune.sites import quantised
 
 HostKind = Literal["linear", "embedding", "conv", "tensor"]
