@@ -28,6 +28,7 @@ from benchmarks.measure import ROUNDS, Row, fresh_process, row
 MIB = 2**20
 STEPS = 7
 SHAPES = ("bert", "t5")
+LM = "llama"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full fine-tuning": ("FullFineTuning", {}),
     "BitFit": ("BitFit", {"add_missing": True}),
@@ -39,6 +40,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 LADDER = "Ladder Side-Tuning"
 CACHED = "Ladder Side-Tuning, trunk cache"
 PEFT = "LoRA of HF PEFT"
+PIECES = ", loss in pieces"
+CHUNK = 128
+"""Tokens of which logits are computed at once, where the loss is in pieces."""
 FILL = "fill"
 """Said before a folder to a process that fills a trunk cache there."""
 
@@ -57,6 +61,17 @@ def base(shape: str) -> tuple[nn.Module, dict[str, Any]]:
             "input_ids": ids,
             "labels": torch.zeros(32, dtype=torch.long),
         }
+    if shape == LM:
+        config = hf.LlamaConfig(
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=32000,
+        )
+        ids = torch.randint(5, 1000, (8, 128))
+        return hf.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
     config = hf.T5Config(
         d_model=512,
         d_ff=2048,
@@ -75,11 +90,15 @@ def base(shape: str) -> tuple[nn.Module, dict[str, Any]]:
 def trained(name: str, shape: str) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a model in training mode with a method on it, and a batch."""
     model, batch = base(shape)
+    name = name.removesuffix(PIECES)
     if name == PEFT:
         from peft import LoraConfig, get_peft_model
 
-        targets = ["query", "value"] if shape == "bert" else ["q", "v"]
-        task = "SEQ_CLS" if shape == "bert" else "SEQ_2_SEQ_LM"
+        targets, task = {
+            "bert": (["query", "value"], "SEQ_CLS"),
+            "t5": (["q", "v"], "SEQ_2_SEQ_LM"),
+            LM: (["q_proj", "v_proj"], "CAUSAL_LM"),
+        }[shape]
         config = LoraConfig(r=8, target_modules=targets, task_type=task)
         return get_peft_model(model, config).train(), batch  # type: ignore[arg-type]
     import graftune as gt
@@ -87,6 +106,18 @@ def trained(name: str, shape: str) -> tuple[nn.Module, dict[str, Any]]:
     kind, settings = METHODS[LADDER if name == CACHED else name]
     gt.attach(model, getattr(gt, kind)(**settings), seed=0)
     return model.train(), batch
+
+
+@contextlib.contextmanager
+def in_pieces(model: nn.Module, name: str) -> Iterator[None]:
+    """Lets the loss be computed in pieces where the name says so."""
+    if not name.endswith(PIECES):
+        yield
+        return
+    import graftune as gt
+
+    with gt.chunked_loss(model, CHUNK):
+        yield
 
 
 @contextlib.contextmanager
@@ -109,7 +140,12 @@ def fill(folder: str, shape: str) -> None:
 def kept(name: str, shape: str) -> float:
     """Returns what a training step keeps for its backward pass, MiB."""
     model, batch = trained(name, shape)
-    if name != CACHED:
+    with in_pieces(model, name):
+        return _kept(name, shape, model, batch)
+
+
+def _kept(name: str, shape: str, model: nn.Module, batch: dict[str, Any]) -> float:
+    if name.removesuffix(PIECES) != CACHED:
         return kept_bytes(model, batch) / MIB
     import graftune as gt
     from graftune.training.trunk_cache import Reader
@@ -146,7 +182,9 @@ def _measured(name: str, shape: str) -> str:
     import graftune as gt
 
     model, batch = trained(name, shape)
-    with filled(shape) if name == CACHED else contextlib.nullcontext() as folder:
+    is_cached = name.removesuffix(PIECES) == CACHED
+    folders = filled(shape) if is_cached else contextlib.nullcontext()
+    with in_pieces(model, name), folders as folder:
         passing = contextlib.nullcontext if folder is None else gt.TrunkCache(model, folder).passing
         step(model, {key: value[:1] for key, value in batch.items()}, passing)
         Path("/proc/self/clear_refs").write_text("5")
@@ -198,10 +236,14 @@ def _against(
 
 def main() -> None:
     """Prints a table for each shape."""
-    for shape in SHAPES:
+    for shape, names in (
+        ("bert", (*METHODS, CACHED, PEFT)),
+        ("t5", (*METHODS, CACHED, CACHED + PIECES, PEFT)),
+        (LM, ("LoRA", "LoRA" + PIECES, LADDER, LADDER + PIECES, PEFT)),
+    ):
         print(f"\n| {shape} | trained | kept, MiB | step, ms | peak rise, MiB |")
         print("|---|---:|---:|---:|---:|")
-        for name in (*METHODS, CACHED, PEFT):
+        for name in names:
             model, _ = trained(name, shape)
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             rise, took = peak_and_time(name, shape)

@@ -99,7 +99,7 @@ def test_nf4_keeps_about_half_a_byte_of_each_value_of_the_blocks() -> None:
     plain = gt.plan(LLAMA, gt.LoRA(), precision="bfloat16", **SMALL)
     nf4 = gt.plan(LLAMA, gt.LoRA(), precision="bfloat16", quantize="nf4", **SMALL)
     twice = gt.plan(
-        LLAMA, gt.LoRA(), precision="bfloat16", quantize="nf4", double_quantize=True, **SMALL
+        LLAMA, gt.LoRA(), precision="bfloat16", quantize="nf4", double_quant=True, **SMALL
     )
     linears = 4 * (256 * 256 * 2 + 2 * 256 * 128 + 3 * 256 * 688)
     assert plain.parts["weights"] - nf4.parts["weights"] == pytest.approx(
@@ -223,7 +223,7 @@ def test_a_method_that_cant_act_says_why() -> None:
         ({"optimizer": "adamw_8bits"}, 'Did you mean "adamw_8bit"'),
         ({"quantise": "nf4"}, 'Did you mean "quantize"'),
         ({"quantize": "nf5"}, 'Did you mean "nf4"'),
-        ({"double_quantize": True}, "double_quantize is for"),
+        ({"double_quant": True}, "double_quant is for"),
         ({"batch_size": 0}, "at least 1"),
         ({"offload": "activations"}, "no other memory"),
         ({"offload": "activation", "device": "cuda"}, 'Did you mean "activations"'),

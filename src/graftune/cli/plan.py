@@ -70,9 +70,9 @@ def plan(
     quantize: Annotated[
         str | None, typer.Option(help="int8 or nf4.", rich_help_panel=_TRAINING)
     ] = None,
-    double_quantize: Annotated[
+    double_quant: Annotated[
         bool | None,
-        typer.Option("--double-quantize", help="nf4's scales too.", rich_help_panel=_TRAINING),
+        typer.Option("--double-quant", help="nf4's scales too.", rich_help_panel=_TRAINING),
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -136,7 +136,7 @@ def plan(
     given = {
         "batch_size": batch_size, "length": length, "target_length": target_length,
         "image_size": image_size, "labels": labels, "precision": precision, "quantize": quantize,
-        "double_quantize": double_quantize, "optimizer": optimizer, "accumulation": accumulation,
+        "double_quant": double_quant, "optimizer": optimizer, "accumulation": accumulation,
         "gradient_checkpointing": gradient_checkpointing, "offload": offload, "device": device,
     }  # fmt: skip
     flags = {"base": base, "task": task, "method": method, "data": data}
@@ -214,7 +214,7 @@ def _settings(plan: Plan) -> str:
     said = [f"batch {chosen.batch_size} × {chosen.accumulation}", f"{chosen.length} tokens"]
     said += [chosen.precision, chosen.optimizer]
     if chosen.quantize:
-        said.append(f"{chosen.quantize} twice" if chosen.double_quantize else chosen.quantize)
+        said.append(f"{chosen.quantize} twice" if chosen.double_quant else chosen.quantize)
     said += ["gradient checkpointing"] * chosen.gradient_checkpointing
     return ", ".join([*said, *(f"{word} on the host" for word in chosen.offload)])
 

@@ -103,7 +103,7 @@ def _settings(run: RunSettings | None, given: Mapping[str, Any]) -> PlanSettings
         train = run.train.model_dump()
         said = {name: train.get(key) for name, key in TRAIN_KEYS.items() if name != "precision"}
         if not said["quantize"]:
-            said["double_quantize"] = None
+            said["double_quant"] = None
         values |= {name: value for name, value in said.items() if value is not None}
         moved = tuple(word for word, key in OFFLOAD_KEYS.items() if train.get(key))
         values["offload"] = moved if device == "cuda" else ()

@@ -36,7 +36,7 @@ TRAIN_KEYS = {
     "optimizer": "optimizer",
     "gradient_checkpointing": "gradient_checkpointing",
     "quantize": "quantize",
-    "double_quantize": "double_quant",
+    "double_quant": "double_quant",
 }
 """A plan's settings and the keys of `train` in a settings file that say the same.
 
@@ -49,7 +49,7 @@ LOSSY: tuple[dict[str, Any], ...] = (
     {"optimizer": {"cuda": "adamw_8bit", "cpu": "adafactor"}},
     {"quantize": "int8"},
     {"quantize": "nf4"},
-    {"double_quantize": True},
+    {"double_quant": True},
 )
 """Changes that cost precision, in the order in which they are made, each on top of the last."""
 
@@ -124,7 +124,7 @@ def train_settings(settings: PlanSettings) -> dict[str, Any]:
     """Returns the `train` section of a settings file that says the same, defaults left out."""
     default = PlanSettings()
     keys = {name: key for name, key in TRAIN_KEYS.items() if key in TrainSettings.model_fields}
-    always = ("batch_size", "precision", *(("double_quantize",) * bool(settings.quantize)))
+    always = ("batch_size", "precision", *(("double_quant",) * bool(settings.quantize)))
     moved = {
         key: True
         for word, key in OFFLOAD_KEYS.items()

@@ -25,7 +25,7 @@ def packed_bytes(rows: int, columns: int, settings: PlanSettings) -> int:
     if settings.quantize == "int8":
         return count + 4 * rows
     scales = -(-count // BLOCK)
-    if settings.double_quantize:
+    if settings.double_quant:
         return -(-count // 2) + scales + 4 * -(-scales // SUPERBLOCK) + 4
     return -(-count // 2) + 4 * scales
 

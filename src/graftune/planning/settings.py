@@ -35,7 +35,7 @@ class PlanSettings:
     """Type of the base's weights: float32, bfloat16 or float16. Adapters train in float32."""
     quantize: str | None = None
     """How the base's linears are kept: None, int8 or nf4."""
-    double_quantize: bool = False
+    double_quant: bool = False
     """Whether nf4's scales are quantised too."""
     optimizer: str = "adamw_torch_fused"
     """Optimizer by transformers' name."""
@@ -60,9 +60,9 @@ class PlanSettings:
         _check_choice("device", self.device, DEVICES)
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTISERS)
-        if self.double_quantize and self.quantize != "nf4":
+        if self.double_quant and self.quantize != "nf4":
             raise SettingsError(
-                f'double_quantize is for quantize="nf4", found quantize={self.quantize!r}.'
+                f'double_quant is for quantize="nf4", found quantize={self.quantize!r}.'
             )
         for word in self.offload:
             _check_choice("offload", word, OFFLOADS)
