@@ -1,6 +1,6 @@
 """What each process of the tests does: the jobs that it is given, one after another.
 
-    torchrun --nproc-per-node 2 -m tests.processes.worker FOLDER HOW:METHOD[:RESUMED FROM] ...
+torchrun --nproc-per-node 2 -m tests.processes.worker FOLDER HOW:METHOD[:RESUMED FROM] ...
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from graftune.errors import TrainingError
 from graftune.formats import saving
 from graftune.training import checkpoints, groups, sharding
 from graftune.training.arguments import training_args
+from graftune.training.counted import reads_count
 from graftune.training.diagnosis import first_nonfinite, nonfinite_gradient
 from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
 from graftune.training.steps import Interruption, Steps, penalty_of, trainable
@@ -79,6 +80,7 @@ class TrainerMixin(_Base):
         self._folder: Path | None = None
         self._unlogged: tuple[float, int] | None = None
         self._flops_per_token: int | None = None
+        self._counts_known = False
         args = training_args("tmp_trainer") if args is None else args
         if data_collator is None and settings.get("processing_class") is None and not rest:
             data_collator = _padding(model, settings.get("train_dataset"))
@@ -165,6 +167,7 @@ class TrainerMixin(_Base):
         """Returns the model's loss plus the methods' penalties in training (with the outputs)."""
         result: Any
         if self.forward is None:
+            self._learn_what_counts(inputs, num_items_in_batch)
             with self._trunk.passing(inputs):
                 result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
@@ -178,6 +181,15 @@ class TrainerMixin(_Base):
         if return_outputs:
             return result[0] + penalty, result[1]
         return result + penalty
+
+    def _learn_what_counts(self, inputs: Any, items: Any) -> None:
+        """Takes a loss for what it is, a mean over its batch, where the model counts no items."""
+        if self._counts_known or items is None or not self.model_accepts_loss_kwargs:
+            return
+        self._counts_known = True
+        several = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
+        if several and self.compute_loss_func is None and "labels" in inputs:
+            self.model_accepts_loss_kwargs = reads_count(_unwrapped(self), inputs)
 
     def _divided_by_the_model(self, items: Any) -> bool:
         """Whether the loss is normalised over the accumulated batches, not by training_step."""
