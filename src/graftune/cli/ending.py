@@ -12,11 +12,14 @@ from typing import Any
 
 import typer
 
+from graftune import processes
 from graftune.errors import GraftuneError, TrainingError
 
 RUN_FAILED = 1
 WRONG_SETTINGS = 2
 INTERRUPTED = 130
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+"""What collectives say once a process is gone."""
 
 
 def ends_well(command: Callable[..., None]) -> Callable[..., None]:
@@ -47,8 +50,12 @@ def ends_well(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _end(error: BaseException, message: str, code: int, options: dict[str, Any]) -> typer.Exit:
+    if not processes.is_first_to_fail():
+        return typer.Exit(code)
     if options.get("debug"):
         traceback.print_exception(error)
+    if processes.rank():
+        message = f"process {processes.rank()} of {processes.count()}: {message}"
     if options.get("as_json"):
         kind = type(error).__name__
         print(json.dumps({"error": {"kind": kind, "message": message, "exit_code": code}}))
@@ -67,4 +74,9 @@ def _bug_sentence(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return f"out of memory ({text}); try a smaller --batch-size or --max-length."
+    if processes.count() > 1 and any(word in text for word in LOST):
+        return (
+            "another process of this run ended, and its own message, if it had time for one, says "
+            "why; go on from the last checkpoint with --resume."
+        )
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftune import processes
 from graftune.cli.options import AsJson, Debug, Quiet
 
 if TYPE_CHECKING:
@@ -199,7 +200,11 @@ def train(
     if dry_run:
         _show_plan(settings, as_json)
         return
+    processes.start()
     result = _run(settings, resume, overwrite, quiet)
+    processes.stop()
+    if not processes.is_first():
+        return
     page = _report(result) if report else None
     show_result(result, page, as_json)
 
@@ -293,8 +298,11 @@ def _run(settings: RunSettings, resume: bool, overwrite: bool, quiet: bool) -> R
     from graftune.cli.progress import watcher
     from graftune.tasks.run import train as train_run
 
+    is_quiet = quiet or not processes.is_first()
     try:
-        return train_run(settings, watch=watcher(quiet=quiet), resume=resume, overwrite=overwrite)
+        return train_run(
+            settings, watch=watcher(quiet=is_quiet), resume=resume, overwrite=overwrite
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(settings.run_dir)) from None
 

@@ -108,18 +108,30 @@ def _named(saved: dict[str, Any]) -> str:
     return f"{saved.get('class')}{_quoted(saved.get('name'))}"
 
 
-def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
-    matrices = [
-        tensor
+def probed(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
+    """Returns the names of the matrices whose first values the checksum reads."""
+    left_out = tuple(skip)
+    names = [
+        name
         for name, tensor in base_tensors(model).items()
-        if tensor.ndim >= 2 and not is_in(name, skip)
+        if _dimensions(tensor) >= 2 and not is_in(name, left_out)
     ]
+    return names[:: max(1, len(names) // _PROBES)][:_PROBES]
+
+
+def _dimensions(tensor: Tensor) -> int:
+    """Returns a tensor's dimensions; ZeRO-3 says them of what it took apart."""
+    return len(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _checksum(model: nn.Module, skip: tuple[str, ...]) -> str | None:
+    tensors = base_tensors(model)
+    matrices = [t for n, t in tensors.items() if _dimensions(t) >= 2 and not is_in(n, skip)]
     if not matrices or any(is_packed(t) or t.is_meta for t in matrices):
         return None  # quantised or without numbers: nothing to compare
-    step = max(1, len(matrices) // _PROBES)
     digest = hashlib.sha256()
-    for tensor in matrices[::step][:_PROBES]:
-        digest.update(_probe(tensor))
+    for name in probed(model, skip):
+        digest.update(_probe(tensors[name]))
     return digest.hexdigest()[:16]
 
 

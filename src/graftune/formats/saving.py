@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +13,17 @@ import torch
 from torch import Tensor
 
 import graftune
+from graftune import processes
 from graftune.errors import FormatError
 from graftune.formats import directory, peft_types
 from graftune.formats.atomic import replacing
-from graftune.formats.base import base_name, fingerprint
+from graftune.formats.base import base_name, fingerprint, probed
 from graftune.formats.card import CardFacts, render
 from graftune.formats.factors import Slice, slices
 from graftune.formats.inspecting import PEFT_TYPES
 from graftune.formats.peft_common import PREFIX
-from graftune.formats.tensors import listed, write_tensors
+from graftune.formats.tensors import listed, read_tensors, write_tensors
+from graftune.sites import shards
 from graftune.sites.parameter import OwnValue
 
 if TYPE_CHECKING:
@@ -30,18 +34,68 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     """Writes an adapter's directory and returns its path.
 
     An existing directory is replaced in one step; what else lies in it is kept. The same adapter
-    gives the same bytes.
+    gives the same bytes. Of a model that FSDP2 or ZeRO-3 shards, every process calls it, and the
+    first one writes.
 
     Raises:
         FormatError: the path can't be written, or the adapter holds no numbers (meta device).
     """
+    if not any(shards.is_sharded(p) for p in adapter.parameters()):
+        return _write(adapter, path)
+    with whole(adapter):
+        if processes.is_first():
+            _write(adapter, path)
+    processes.wait()
+    return Path(path)
+
+
+def _write(adapter: Adapter, path: str | Path) -> Path:
     target, kind = Path(path), peft_types.writer(adapter)
     named = file_tensors(adapter).items()
     tensors = {PREFIX + k if kind is None else kind.key(k): tensor for k, tensor in named}
     with replacing(target) as folder:
         write_tensors(folder / directory.WEIGHTS, tensors)
+        if processes.count() > 1:
+            _check_written(folder / directory.WEIGHTS, tensors)
         write_config(adapter, folder)
     return target
+
+
+@contextlib.contextmanager
+def whole(adapter: Adapter, *, write: bool = False) -> Iterator[None]:
+    """Lets all that an adapter's directory tells be whole in this process while the block runs.
+
+    Where FSDP2 or ZeRO-3 shards the model, every process enters it, and one saves inside.
+
+    Args:
+        adapter: what is saved or filled.
+        write: the block fills the adapter's tensors, in every process alike.
+    """
+    model = adapter.model
+    own = [m for graft in adapter.grafts for m in graft.delta.modules()]
+    places = shards.slots(model.modules() if adapter.method.trains_in_place else own)
+    if not write and not _changed(adapter):
+        for name in probed(model, adapter.head_names):
+            module, _, parameter = name.rpartition(".")
+            places.append((model.get_submodule(module), parameter))
+    with shards.gathered(places, write=write):
+        yield
+
+
+def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Checks that a file of gathered tensors holds what was in memory, and numbers alone."""
+    read = read_tensors(path)
+    for name, tensor in tensors.items():
+        found = read.get(name)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            what = "nothing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise FormatError(
+                f'"{path}" has {what} for {name}, expected {tuple(tensor.shape)} of {tensor.dtype}.'
+            )
+        if not torch.equal(found, tensor.detach().cpu()):
+            why = "differs from what was in memory"
+            bad = not bool(torch.isfinite(tensor.detach()).all())
+            raise FormatError(f'"{path}": {name} {"is not finite" if bad else why}.')
 
 
 def file_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -106,6 +106,10 @@ class Hybrid(Method):
         for share in self.alone(adapter):
             share.method.advance(share, step, total)
 
+    def changes_at_the_end(self, adapter: Any) -> bool:
+        """See `Method.changes_at_the_end`."""
+        return any(share.method.changes_at_the_end(share) for share in self.alone(adapter))
+
     def finish(self, adapter: Any) -> None:
         """See `Method.finish`."""
         for share in self.alone(adapter):

@@ -189,6 +189,10 @@ class Method:
         Tensors may be others afterwards; called again, it changes nothing.
         """
 
+    def changes_at_the_end(self, adapter: Any) -> bool:
+        """Whether `finish` gives an adapter other tensors."""
+        return type(self).finish is not Method.finish
+
     def start_from(self, adapter: Any, source: Any, task: int | str | None = None) -> None:
         """Gives an adapter of this method the values of another; heads keep theirs.
 

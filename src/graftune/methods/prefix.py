@@ -145,6 +145,10 @@ class PrefixTuning(Method):
         groups, d = len({one.group for one in found}), anatomy.blocks[0].width
         return groups * (self.length * d + self.hidden * (d + 1)) + (self.hidden + 1) * out + gates
 
+    def changes_at_the_end(self, adapter: Any) -> bool:
+        """See `Method.changes_at_the_end`: where an MLP makes the prefixes."""
+        return any(isinstance(graft.delta, PrefixFromMlp) for graft in adapter.grafts)
+
     def finish(self, adapter: Any) -> None:
         """See `Method.finish`: keeps the prefixes and drops the MLP; the answers stay the same."""
         last: dict[Delta, Delta] = {

@@ -132,6 +132,10 @@ class PTuning(SoftPrompt):
         inputs = d + (layers - 1) * 2 * h
         return self.length * d + 8 * h * (inputs + layers * (h + 2)) + linears
 
+    def changes_at_the_end(self, adapter: Any) -> bool:
+        """See `Method.changes_at_the_end`: where an encoder makes the virtual tokens."""
+        return any(isinstance(graft.delta, PromptFromEncoder) for graft in embedded(adapter))
+
     def finish(self, adapter: Any) -> None:
         """See `Method.finish`: keeps the virtual tokens and drops what made them."""
         for graft in embedded(adapter):

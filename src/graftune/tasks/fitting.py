@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
+from graftune import processes
 from graftune.tasks.measured import Score
 from graftune.tasks.progress import Progress, history
 from graftune.tasks.result import Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Ready, Task
+from graftune.training import sharding
 from graftune.training.arguments import training_args
 from graftune.training.checkpoints import last_checkpoint
 from graftune.training.trainer import Trainer
@@ -99,6 +101,8 @@ def _caches_trunk(ready: Ready, task: Task, settings: RunSettings, rows: int) ->
     train = settings.train
     if train.trunk_cache is not None:
         return train.trunk_cache
+    if sharding.asked() is not None:
+        return False
     read = total_steps(settings, rows) * (train.batch_size or 1) * train.accumulation
     is_still = settings.train.drop == 0 and not task.has_own_forward
     return read > rows and is_still and not isinstance(cut_of(ready.model), str)
@@ -108,11 +112,12 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
     train = settings.train
     steps = total_steps(settings, rows)
     metric = train.metric or "loss"
+    share = (train.batch_size or 1) // processes.count()
     return {
         "num_train_epochs": train.epochs or 1.0,
         "max_steps": train.steps or -1,
-        "per_device_train_batch_size": train.batch_size,
-        "per_device_eval_batch_size": 2 * (train.batch_size or 1),
+        "per_device_train_batch_size": share,
+        "per_device_eval_batch_size": 2 * share,
         "gradient_accumulation_steps": train.accumulation,
         "learning_rate": train.lr,
         "lr_scheduler_type": _SCHEDULES[train.schedule],

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from graftune import processes
 from graftune.tasks.result import Watcher
 from graftune.tasks.workspace import write_lines
 from graftune.training.memory import peak_memory_bytes
@@ -38,8 +39,9 @@ class Progress(TrainerCallback):
     ) -> None:
         """Adds a row to the log and shows it."""
         for row in history(state.log_history[-1:]):
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            if processes.is_first():
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
             if "eval_loss" in row:
                 self.watcher.on_eval(row)
             else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graftune import processes
 from graftune.anatomy.packed import stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import beside, dropping, sparing, starting, workspace
@@ -67,6 +68,7 @@ class TrainingRun:
         if "validation" not in data.splits:
             settings = _without_validation(settings)
         method.check_steps(total_steps(settings, len(data.splits["train"])))
+        check_shares(settings)
         beside.check_names(settings, method)
         dropping.check(settings, method)
         sparing.check(settings, task)
@@ -109,12 +111,21 @@ class TrainingRun:
         earlier = run_dir if resume else None
         others = beside.folders(self.settings, earlier)
         start = starting.folder(self.settings, self.method, earlier)
-        with workspace.claimed(run_dir, resume=resume, overwrite=overwrite):
+        with self._claimed(run_dir, resume, overwrite):
             finished = self._earlier(run_dir) if resume else None
             if finished is not None:
                 self._note(f"{run_dir} is finished already; nothing was done.")
                 return finished
             return self._run(run_dir, resume, others, start)
+
+    @contextmanager
+    def _claimed(self, run_dir: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Holds the run's directory; of several processes the first holds it for all of them."""
+        mine = workspace.claimed(run_dir, resume=resume, overwrite=overwrite)
+        with mine if processes.is_first() else nullcontext():
+            processes.wait()
+            yield
+            processes.wait()
 
     def _earlier(self, run_dir: Path) -> RunResult | None:
         """Returns an earlier run's result, None if it isn't finished; refuses other settings."""
@@ -138,7 +149,10 @@ class TrainingRun:
         reset_peak_memory()
         ready, fresh = self._ready()
         base_bytes = stored_bytes(ready.model)
-        beside.attach(ready.model, beside.keep(others, run_dir))
+        if processes.is_first():
+            beside.keep(others, run_dir)
+        processes.wait()
+        beside.attach(ready.model, {name: run_dir / workspace.BESIDE / name for name in others})
         encoded = self._encoded(ready)
         trained = time.monotonic()
         if self.task.starts_head and self.settings.train.head_start:
@@ -299,7 +313,12 @@ class TrainingRun:
 
     def _save(self, adapter: Adapter, ready: Ready, run_dir: Path) -> None:
         """Writes the adapter and, beside it and in the run's directory, what prediction needs."""
-        adapter.save(run_dir / workspace.ADAPTER)
+        from graftune.formats.saving import whole
+
+        with whole(adapter):
+            if processes.is_first():
+                adapter.save(run_dir / workspace.ADAPTER)
+        processes.wait()
         write_task(
             self,
             ready,
@@ -385,6 +404,20 @@ class TrainingRun:
     def _note(self, note: str) -> None:
         self.notes.append(note)
         self.watcher.on_note(note)
+
+
+def check_shares(settings: RunSettings) -> None:
+    """Checks that the processes of a run can share its batches out evenly.
+
+    Raises:
+        SettingsError: They can't.
+    """
+    rows, several = settings.train.batch_size or 1, processes.count()
+    if rows % several:
+        raise SettingsError(
+            f"train.batch_size is {rows}, the rows of a step over all processes, which {several} "
+            f"processes can't share evenly: take a multiple of {several}."
+        )
 
 
 def check_same_settings(before: RunSettings, now: RunSettings) -> None:

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from graftune import processes
 from graftune.errors import DataError, FormatError, SettingsError
 from graftune.formats.atomic import locked
 from graftune.tasks.settings import RunSettings
@@ -89,11 +90,13 @@ def clear(run_dir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file whole or not at all; of several processes the first one writes.
 
     Raises:
         FormatError: The disk is full or the place can't be written.
     """
+    if not processes.is_first():
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("w", encoding="utf-8") as file:

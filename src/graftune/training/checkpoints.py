@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,20 +172,25 @@ def find_checkpoint(wanted: str | bool | Path, output_dir: str) -> Path:
 
 
 @contextlib.contextmanager
-def whole(final: Path, *, writer: bool = True) -> Iterator[Path]:
+def whole(
+    final: Path, *, writer: bool = True, wait: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yields an empty folder beside `final` that takes its place when the block ends well.
 
     Args:
         final: the checkpoint's place; what lies there is replaced.
         writer: whether this process moves it (one of several does).
+        wait: returns when all processes have called it.
     """
     parent = final.parent / f".{final.name}.partial"
     folder = parent / final.name
     if writer:
         shutil.rmtree(parent, ignore_errors=True)
+    wait()  # what one writes, the writer's clearing mustn't take
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+        wait()
         if writer:
             sync_tree(folder)
             if not final.exists():
@@ -194,6 +199,7 @@ def whole(final: Path, *, writer: bool = True) -> Iterator[Path]:
                 shutil.rmtree(final)
                 os.rename(folder, final)
             sync(final.parent)
+        wait()
     finally:
         if writer:
             shutil.rmtree(parent, ignore_errors=True)

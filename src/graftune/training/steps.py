@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from graftune import processes
 from graftune.adapter import Adapter, adapters
 from graftune.errors import TrainingError
 
@@ -156,7 +157,10 @@ class Steps(Schedules):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Asks for a checkpoint after an interruption."""
-        if self.trainer.interruption.asked:
+        interruption = self.trainer.interruption
+        if args.world_size > 1:  # all must stop at the same step, whenever each heard of it
+            interruption.asked = processes.any_of(interruption.asked)
+        if interruption.asked:
             control.should_save = True
 
     def on_save(

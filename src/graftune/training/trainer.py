@@ -10,6 +10,7 @@ ends it at a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from graftune.adapter import Adapter
 from graftune.errors import TrainingError
-from graftune.training import checkpoints, groups
+from graftune.formats import saving
+from graftune.training import checkpoints, groups, sharding
 from graftune.training.arguments import training_args
 from graftune.training.chunked_loss import LossChunks
+from graftune.training.counted import reads_count
 from graftune.training.diagnosis import first_nonfinite, nonfinite_gradient
 from graftune.training.lengths import LengthBatches, PadToLongest, token_lengths
 from graftune.training.offloading import Offloading, StateElsewhere
@@ -90,6 +93,7 @@ class TrainerMixin(_Base):
         self._folder: Path | None = None
         self._unlogged: tuple[float, int] | None = None
         self._flops_per_token: int | None = None
+        self._counts_known = False
         args = training_args("tmp_trainer") if args is None else args
         if data_collator is None and settings.get("processing_class") is None and not rest:
             data_collator = _padding(model, settings.get("train_dataset"))
@@ -97,6 +101,7 @@ class TrainerMixin(_Base):
         self._offloading.check(args)
         check_optimizer(args)
         super().__init__(model, args, data_collator, *rest, **settings)
+        self.sharded_by = sharding.kind_of(self)
         self.add_callback(Steps(self))
 
     @property
@@ -134,6 +139,7 @@ class TrainerMixin(_Base):
             found = checkpoints.find_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")
             resume_from_checkpoint = str(found)
         try:
+            self._check_processes()
             asked, folder = self.trunk_cache, self.args.output_dir
             kept = self._trunk.kept_for(_unwrapped(self), asked, folder, self.forward)
             with kept, self.interruption.listening():
@@ -147,6 +153,17 @@ class TrainerMixin(_Base):
             if self.on_interrupt is not None:
                 self.on_interrupt(kept)
             raise
+
+    def _check_processes(self) -> None:
+        """Checks that what trains, and how, goes with several processes."""
+        if self.sharded_by is None:
+            return
+        if self.trunk_cache:
+            raise TrainingError(
+                f"trunk_cache passes over blocks that {self.sharded_by} gathers in all processes "
+                "together: leave one of them out."
+            )
+        sharding.check(self.sharded_by, _unwrapped(self), self.training_adapters())
 
     def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **settings: Any) -> Tensor:
         """Returns the detached loss of a batch after its backward pass.
@@ -172,6 +189,7 @@ class TrainerMixin(_Base):
         result: Any
         inner = _unwrapped(self)
         if self.forward is None:
+            self._learn_what_counts(inputs, num_items_in_batch)
             loss = partial(super().compute_loss, model, num_items_in_batch=num_items_in_batch)
             self._chunks.try_once(inner, inputs, loss)
             with (
@@ -192,6 +210,15 @@ class TrainerMixin(_Base):
         if return_outputs:
             return result[0] + penalty, result[1]
         return result + penalty
+
+    def _learn_what_counts(self, inputs: Any, items: Any) -> None:
+        """Takes a loss for what it is, a mean over its batch, where the model counts no items."""
+        if self._counts_known or items is None or not self.model_accepts_loss_kwargs:
+            return
+        self._counts_known = True
+        several = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
+        if several and self.compute_loss_func is None and "labels" in inputs:
+            self.model_accepts_loss_kwargs = reads_count(_unwrapped(self), inputs)
 
     def _divided_by_the_model(self, items: Any) -> bool:
         """Whether the loss is normalised over the accumulated batches, not by training_step."""
@@ -272,7 +299,8 @@ class TrainerMixin(_Base):
             self._order = None
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = LengthBatches(lengths, self._train_batch_size, seed=seed)
+        together = self._train_batch_size * self.args.world_size  # each process takes its part
+        self._order = LengthBatches(lengths, together, seed=seed)
         return self._order
 
     def set_epoch(self, epoch: int) -> None:
@@ -294,7 +322,8 @@ class TrainerMixin(_Base):
             return
         run = Path(super()._get_output_dir(trial))
         final = run / f"checkpoint-{self.state.global_step}"
-        with checkpoints.whole(final, writer=self.args.should_save) as folder:
+        wait = self.accelerator.wait_for_everyone
+        with checkpoints.whole(final, writer=self.args.should_save, wait=wait) as folder:
             self._folder = folder.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -302,7 +331,6 @@ class TrainerMixin(_Base):
                 self._folder = None
             if self.args.should_save:
                 self._complete(folder, final)
-            self.accelerator.wait_for_everyone()
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
@@ -317,7 +345,13 @@ class TrainerMixin(_Base):
     def _manifest(self) -> dict[str, Any]:
         made = {adapter.name: adapter.method.to_dict() for adapter in self.training_adapters()}
         unlogged = {"loss": self._tr_loss.item(), "step": self._globalstep_last_logged}
-        return {"format": 1, "adapters": made, "data": self._data_order(), "unlogged": unlogged}
+        return {
+            "format": 1,
+            "adapters": made,
+            "data": self._data_order(),
+            "unlogged": unlogged,
+            "processes": self.args.world_size,
+        }
 
     def _data_order(self) -> dict[str, Any]:
         dataset: Any = self.train_dataset
@@ -332,6 +366,30 @@ class TrainerMixin(_Base):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._folder is None else str(self._folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapters that train; every process calls it, and the first one writes."""
+        found = self.training_adapters()
+        if not found or self.sharded_by is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with contextlib.ExitStack() as whole:
+            for adapter in found:
+                whole.enter_context(saving.whole(adapter))
+            self._save(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded_by == "FSDP2" and self.training_adapters():
+            sharding.save_optimizer(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.sharded_by == "FSDP2" and self.training_adapters():
+            sharding.load_optimizer(self, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         found = self.training_adapters()
@@ -358,7 +416,9 @@ class TrainerMixin(_Base):
         if not self.args.ignore_data_skip:
             self._get_train_sampler()
             checkpoints.check_data(self._data_order(), manifest, folder)
-        checkpoints.load_adapters(found, folder)
+        made_by = manifest.get("processes", self.args.world_size)
+        sharding.check_processes(self.sharded_by, made_by, self.args.world_size, folder)
+        self._fill(found, folder)
         self._unlogged = manifest["unlogged"]["loss"], manifest["unlogged"]["step"]
 
     def _load_best_model(self) -> None:
@@ -366,7 +426,13 @@ class TrainerMixin(_Base):
         if not found:
             super()._load_best_model()
             return
-        checkpoints.load_adapters(found, Path(str(self.state.best_model_checkpoint)))
+        self._fill(found, Path(str(self.state.best_model_checkpoint)))
+
+    def _fill(self, found: list[Adapter], folder: Path) -> None:
+        with contextlib.ExitStack() as whole:
+            for adapter in found if self.sharded_by else ():
+                whole.enter_context(saving.whole(adapter, write=True))
+            checkpoints.load_adapters(found, folder)
 
     def restore_loss(self) -> None:
         """Puts back what a resumed run had summed up since it logged the loss last."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from graftune import processes
 from graftune.anatomy.modules import body_around, is_in, within
 from graftune.attached import Grafts, plain_model, state_of
 from graftune.errors import TrainingError
@@ -426,7 +427,9 @@ class Trunk:
                 "trunk_cache goes by a batch's rows, but `forward` may call the model with others: "
                 "leave out one of them."
             )
-        folder = Path(output_dir or ".") / "trunk_cache" if asked is True else Path(asked)
+        top = Path(output_dir or ".") / "trunk_cache" if asked is True else Path(asked)
+        # Each process keeps what it computed: one folder has one writer.
+        folder = top / f"process-{processes.rank()}" if processes.count() > 1 else top
         self.cache = TrunkCache(model, folder, still=True)
         try:
             yield
@@ -435,6 +438,8 @@ class Trunk:
             self.summary, self.cache = self.cache.summary(), None
         if asked is True:  # a run that was interrupted is resumed with it
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the last process takes what they lay in
+                top.rmdir()
 
     def passing(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
         """Returns what a pass of a batch runs in."""
