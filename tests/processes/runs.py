@@ -58,7 +58,7 @@ def trainer(method: str, folder: Path, how: str = "ddp", **settings: Any) -> Tra
         model=model,
         args=training_args(str(folder), **given),
         train_dataset=rows,
-        eval_dataset=rows[:11],
+        eval_dataset=rows[:16],
         **own,
     )
 

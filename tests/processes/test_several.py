@@ -1,0 +1,102 @@
+"""Runs of two processes, which gloo connects: the weights of one process with twice the batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.processes.runs import METHODS, STEPS, torchrun, trainer
+
+WORKER = "tests.processes.worker"
+DDP = tuple(name for name in METHODS if name != "full")
+FSDP2 = ("lora", "houlsby", "prompt", "bitfit", "lst", "full")
+REFUSED = {"adalora": "train it with DDP", "prefix": "replaces its tensors when training ends"}
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of what two processes trained, all methods one after another."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [*(f"ddp:{name}" for name in DDP), "ddp:lst:cached"]
+    jobs += [f"fsdp:{name}:own" for name in FSDP2] + [f"fsdp:{name}" for name in REFUSED]
+    ended = torchrun(WORKER, str(folder), *jobs)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Returns what trains a method in this process alone and returns its tensors and loss."""
+    folder = tmp_path_factory.mktemp("one")
+    done: dict[str, tuple[dict[str, torch.Tensor], float]] = {}
+
+    def trained(method: str) -> tuple[dict[str, torch.Tensor], float]:
+        if method not in done:
+            run = trainer(method, folder / method)
+            run.train()
+            run.save_model(str(folder / method / "adapter"))
+            loss = run.evaluate()["eval_loss"]
+            done[method] = load_file(folder / method / "adapter" / FILE), loss
+        return done[method]
+
+    return trained
+
+
+def told(folder: Path, job: str) -> list[dict[str, Any]]:
+    """Returns what both processes said of a job."""
+    return [json.loads((folder / f"{job}.{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def check_same(found: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Checks that an adapter's directory holds given tensors."""
+    tensors = load_file(found / FILE)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "method"), [*(("ddp", m) for m in DDP), *(("fsdp", m) for m in FSDP2)]
+)
+def test_two_processes_train_what_one_does_with_twice_the_batch(
+    how: str, method: str, two: Path, one: Any
+) -> None:
+    expected, loss = one(method)
+    check_same(two / f"{how}-{method}" / "adapter", expected)
+    for said in told(two, f"{how}:{method}" + ":own" * (how == "fsdp")):
+        assert said["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", FSDP2)
+def test_shards_are_saved_as_one_whole_adapter(method: str, two: Path, one: Any) -> None:
+    check_same(two / f"fsdp-{method}" / "saved", one(method)[0])
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_what_cannot_be_sharded_says_so_in_every_process(method: str, two: Path) -> None:
+    assert all(REFUSED[method] in said["error"] for said in told(two, f"fsdp:{method}"))
+
+
+def test_processes_keep_what_the_trunk_computes(two: Path, one: Any) -> None:
+    check_same(two / "ddp-lst-cached" / "adapter", one("lst")[0])
+    assert all("from the trunk cache" in said["trunk"] for said in told(two, "ddp:lst:cached"))
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_run_goes_on_after_one_of_its_processes_was_killed(
+    how: str, tmp_path: Path, one: Any
+) -> None:
+    ended = torchrun(WORKER, str(tmp_path), f"{how}:lora:killed")
+    assert ended.returncode != 0
+    last = f"{how}-lora/checkpoint-{STEPS // 2}"
+    assert (tmp_path / last / FILE).is_file()
+    assert not list((tmp_path / f"{how}-lora").glob(".*.partial"))
+    ended = torchrun(WORKER, str(tmp_path), f"{how}:lora:from={last}")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    check_same(tmp_path / f"{how}-lora-resumed" / "adapter", one("lora")[0])
