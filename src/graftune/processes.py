@@ -31,8 +31,9 @@ def start() -> None:
     """Connects the processes, if there are several; again, it changes nothing."""
     if count() > 1:
         from accelerate import PartialState
+        from accelerate.utils import is_cuda_available
 
-        PartialState()
+        PartialState(cpu=not is_cuda_available())
 
 
 def stop() -> None:

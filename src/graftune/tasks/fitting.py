@@ -135,7 +135,7 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "metric_for_best_model": metric,
         "greater_is_better": metric not in ("loss", "perplexity"),
         "bf16": train.precision == "bfloat16",
-        "use_cpu": train.precision == "bfloat16" and not torch.cuda.is_available(),
+        "use_cpu": _is_told(train.precision),
         "fp16": train.precision == "float16",
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -143,6 +143,14 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         **({"optim": train.optimizer} if train.optimizer else {}),
         **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
     }
+
+
+def _is_told(precision: str) -> bool:
+    """Whether the Trainer must be told that it computes on a CPU, or it refuses, or goes alone."""
+    from accelerate.utils import is_cuda_available
+
+    several = processes.count() > 1
+    return (several or precision == "bfloat16") and not is_cuda_available()
 
 
 def _when(every: int | None) -> str:
