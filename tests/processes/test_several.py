@@ -23,7 +23,7 @@ FILE = "adapter_model.safetensors"
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of what two processes trained, all methods one after another."""
     folder = tmp_path_factory.mktemp("two")
-    jobs = [*(f"ddp:{name}" for name in DDP), "ddp:lst:cached"]
+    jobs = [*(f"ddp:{name}" for name in DDP), "ddp:lst:cached", "ddp:lora:best"]
     jobs += [f"fsdp:{name}:own" for name in FSDP2] + [f"fsdp:{name}" for name in REFUSED]
     ended = torchrun(WORKER, str(folder), *jobs)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -81,6 +81,12 @@ def test_shards_are_saved_as_one_whole_adapter(method: str, two: Path, one: Any)
 @pytest.mark.parametrize("method", REFUSED)
 def test_what_cannot_be_sharded_says_so_in_every_process(method: str, two: Path) -> None:
     assert all(REFUSED[method] in said["error"] for said in told(two, f"fsdp:{method}"))
+
+
+def test_every_process_reads_the_best_checkpoint(two: Path, one: Any) -> None:
+    expected, loss = one("lora")  # the last weights are the best
+    check_same(two / "ddp-lora-best" / "adapter", expected)
+    assert [said["loss"] for said in told(two, "ddp:lora:best")] == pytest.approx([loss] * 2)
 
 
 def test_processes_keep_what_the_trunk_computes(two: Path, one: Any) -> None:

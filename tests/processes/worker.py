@@ -49,6 +49,8 @@ def job(folder: Path, text: str) -> dict[str, Any]:
     how, method, *rest = text.split(":")
     name = f"{how}-{method}"
     more: dict[str, Any] = {"trunk_cache": True} if "cached" in rest else {}
+    if "best" in rest:
+        more |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     run = trainer(method, folder / name, how, **more)
     if "killed" in rest:
         run.add_callback(Killed(3))
@@ -57,7 +59,8 @@ def job(folder: Path, text: str) -> dict[str, Any]:
         run.train(resume_from_checkpoint=folder / resumed[5:] if resumed else None)
     except GraftuneError as error:
         return {"error": str(error)}
-    place = folder / f"{name}{'-resumed' if resumed else ''}{'-cached' if more else ''}"
+    kinds = [kind for kind in ("cached", "best") if kind in rest] + ["resumed"] * bool(resumed)
+    place = folder / "-".join((name, *kinds))
     run.save_model(str(place / "adapter"))
     if "own" in rest:
         gt.adapters(run.model)["task"].save(place / "saved")

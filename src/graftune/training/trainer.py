@@ -329,16 +329,19 @@ class TrainerMixin(_Base):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._folder = None
-            if self.args.should_save:
-                self._complete(folder, final)
+            self._complete(folder, final)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
 
     def _complete(self, folder: Path, final: Path) -> None:
         """Writes what a checkpoint needs besides the Trainer's files, which name their place."""
-        if self.state.best_model_checkpoint == str(folder):
+        is_best = self.state.best_model_checkpoint == str(folder)
+        if is_best:  # in every process, each of which reads it at the end
             self.state.best_model_checkpoint = str(final)
+        if not self.args.should_save:
+            return
+        if is_best:
             self.state.save_to_json(str(folder / checkpoints.TRAINER_STATE))
         checkpoints.write_manifest(folder, self._manifest())
 
