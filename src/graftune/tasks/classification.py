@@ -16,6 +16,7 @@ from graftune.errors import DataError, nearest
 from graftune.tasks import metrics
 from graftune.tasks.columns import find_column
 from graftune.tasks.data import Example, normalised
+from graftune.tasks.label_notes import label_of
 from graftune.tasks.settings import Columns
 from graftune.tasks.tables import Row, Table
 from graftune.tasks.task import Encoded, Ready, Task, cut_note, register_task
@@ -168,6 +169,10 @@ def usual_pair(table: Table) -> tuple[str | None, str | None]:
 def _labelled(row: Row, columns: Mapping[str, str], where: str) -> Example:
     fields = texts_of(row, columns, where)
     value = row.get(columns["label"])
+    if isinstance(value, list | dict):
+        raise DataError(
+            f'{where}: the label ("{columns["label"]}") is {value!r}, expected one name.'
+        )
     label = label_of(value)
     if not label:
         raise DataError(f'{where}: the label ("{columns["label"]}") is missing, found {value!r}.')
@@ -187,13 +192,6 @@ def texts_of(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
             raise DataError(f'{where}: the text ("{columns[role]}") is empty.')
         texts[role] = value
     return texts
-
-
-def label_of(value: Any) -> str:
-    """Returns a label as text; 1, 1.0 and " 1 " are the same label."""
-    if isinstance(value, float):
-        value = int(value) if value.is_integer() else "" if value != value else value
-    return "" if value is None else str(value).strip()
 
 
 def text_key(fields: Mapping[str, str]) -> str:

@@ -87,6 +87,9 @@ class DataSettings(_Section):
     """Share of the training data held out for the test when no file is given; 0 for none."""
     seed: int = 0
     """Seed of the splits that are made here."""
+    skip_bad: bool = False
+    """Whether rows that can't be read or used are left out, counted and reported; else the first of
+    them is an error that names its line."""
 
 
 class TrainSettings(_Section):
