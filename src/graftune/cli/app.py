@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from graftune.cli.convert import convert
+from graftune.cli.data import data
 from graftune.cli.demo import demo
 from graftune.cli.evaluate import evaluate
 from graftune.cli.helptext import Group, add
@@ -57,4 +58,6 @@ def _top(
     """
 
 
-add(app, demo, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer)
+add(
+    app, demo, data, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer
+)

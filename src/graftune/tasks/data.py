@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from graftune.errors import DataError
 from graftune.tasks.bad_rows import BadRows
 from graftune.tasks.columns import check_columns
@@ -84,6 +86,14 @@ class DataReport:
     notes: list[str] = field(default_factory=list[str])
     """What a user should know, one sentence each."""
 
+    def measure(self, split: str, lengths: Sequence[int], limit: int, cut: int | None) -> None:
+        """Notes a split's lengths in tokens, and how many were cut: those longer, if it is None."""
+        values = np.array(lengths)
+        middle, high, most = np.percentile(values, [50, 90, 100], method="nearest")
+        self.max_length = limit
+        self.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
+        self.cut[split] = int((values > limit).sum()) if cut is None else cut
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as nested dictionaries of plain values."""
         return asdict(self)
@@ -105,7 +115,19 @@ def load(settings: DataSettings, reader: Reader) -> Loaded:
         DataError: The data can't be read or used.
     """
     bad: BadSplits | None = {} if settings.skip_bad else None
-    tables = _tables(settings, bad)
+    return split_up(read_tables(settings, bad), settings, reader, bad)
+
+
+def split_up(
+    tables: dict[str, Table], settings: DataSettings, reader: Reader, bad: BadSplits | None = None
+) -> Loaded:
+    """Returns the examples of all splits of tables that were read; the tables are taken out.
+
+    Rows that can't be used are counted in `bad`; without it they are errors.
+
+    Raises:
+        DataError: The data can't be used.
+    """
     columns = reader.columns(tables["train"], settings.columns)
     for table in tables.values():
         check_columns(table, columns)
@@ -156,7 +178,12 @@ def _examples(
     return found
 
 
-def _tables(settings: DataSettings, bad: BadSplits | None) -> dict[str, Table]:
+def read_tables(settings: DataSettings, bad: BadSplits | None = None) -> dict[str, Table]:
+    """Returns the tables of the splits that are given.
+
+    Raises:
+        DataError: One can't be read.
+    """
     tables = dict(read_source(settings.train, bad))
     if "train" not in tables:
         raise DataError(f'"{settings.train}" holds no train split: found {", ".join(tables)}.')
