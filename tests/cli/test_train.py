@@ -155,3 +155,11 @@ def test_json_is_alone_on_standard_output(graftune, base, rows, tmp_path):
     assert result["report"] is None
     assert result["metrics"]["test"]["accuracy"] >= 0
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_schema_knows_every_key_of_a_settings_file(graftune):
+    ended = graftune("train", "--schema")
+    assert (ended.code, ended.err) == (0, "")
+    assert set(ended.json["properties"]) == set(RunSettings.model_fields)
+    assert "skip_bad" in ended.json["$defs"]["DataSettings"]["properties"]
+    assert ended.json["additionalProperties"] is False

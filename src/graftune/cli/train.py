@@ -145,6 +145,14 @@ def train(
             rich_help_panel=_RUN,
         ),
     ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            help="Print the JSON schema of settings files, for editors, and end.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_RUN),
@@ -177,6 +185,9 @@ def train(
 
     A settings file says the same with the keys that --dry-run prints.
     """
+    if schema:
+        _print_schema()
+        return
     flags: dict[str, Any] = {
         "base": base, "task": task, "out": out, "name": name,
         "data.train": data, "data.validation": validation, "data.test": test,
@@ -292,7 +303,7 @@ def _run(settings: RunSettings, resume: bool, overwrite: bool, quiet: bool) -> R
 
 
 def _how_to_go_on(run_dir: Path) -> str:
-    kept = sorted((run_dir / "checkpoints").glob("*")) if run_dir.is_dir() else []
+    kept = sorted((run_dir / "checkpoints").glob("checkpoint-*")) if run_dir.is_dir() else []
     if not kept:
         return "Stopped before the first checkpoint; nothing is kept."
     return (
@@ -322,6 +333,13 @@ def _show_plan(settings: RunSettings, as_json: bool) -> None:
         print(f"\nThe first question's prompt:\n\n{found['prompt']}\n")
     for note in found.get("notes", ()):
         print(note)
+
+
+def _print_schema() -> None:
+    from graftune.cli import screen
+    from graftune.tasks.settings import RunSettings
+
+    screen.print_json(RunSettings.json_schema())
 
 
 def _as_yaml(settings: dict[str, Any]) -> str:

@@ -129,6 +129,8 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
+        "report_to": list(train.report_to) or "none",
+        "run_name": settings.run_name,
         **({"optim": train.optimizer} if train.optimizer else {}),
         **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
     }

@@ -149,6 +149,15 @@ class TrainSettings(_Section):
     group_by_length: bool = True
     """Make batches of texts of about one length, so that little is padded."""
 
+    report_to: tuple[str, ...] = ()
+    """Where transformers' Trainer logs to besides the run's own files, by its names, as
+    `tensorboard`, `wandb` or `mlflow`."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("drop", mode="before")
     @classmethod
     def _numbers_of_blocks(cls, value: Any) -> Any:
