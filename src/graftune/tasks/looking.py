@@ -141,7 +141,8 @@ def _look_at_labels(found: Look, splits: Mapping[str, Sequence[Example]]) -> Non
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         found.notes.append(
             f'"{most}" has {counts[most]} training rows, "{least}" {counts[least]}: accuracy says '
-            "little of the rare labels, macro F1 more."
+            "little of the rare labels, macro F1 more; task_options.class_weights: balanced counts "
+            "them more."
         )
     if found.task == "labelling":
         types = (one.type for row in splits["train"] for one in entities(row.fields["tags"]))
