@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftune.cli.options import AsJson, Debug, Quiet
+from graftune.cli.repeating import SEARCH, run_seeds, searched
 
 if TYPE_CHECKING:
     from graftune.tasks.result import RunResult
@@ -112,12 +113,23 @@ def train(
         int | None, typer.Option(help="Rows per step.", rich_help_panel=_TRAINING)
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option(help="Highest learning rate; else the method's.", rich_help_panel=_TRAINING),
+        str | None,
+        typer.Option(
+            help="Highest learning rate, or `search`: the best of a few short runs; else the "
+            "method's.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of weights, order and dropout.", rich_help_panel=_TRAINING),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="So many runs, NAME-seed0 and on, and their mean and spread.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -180,6 +192,7 @@ def train(
       graftune train --base demo:smollm2 --task instruct --data answers.jsonl --steps 200
       graftune train --base demo:smollm2 --data mail.csv --method in-context --shots 8
       graftune train run.yaml --set train.lr=1e-3 --set method.dropout=0.1 --out runs/second
+      graftune train run.yaml --lr search --seeds 3
       graftune train run.yaml --dry-run       what it would do, and what is in the data
       graftune train runs/second/run.yaml --resume       after Ctrl-C or a crash
 
@@ -196,11 +209,16 @@ def train(
         "method.targets": _targets(targets), "method.shots": shots, "method.against": against,
         "method.template": template,
         "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
-        "train.lr": lr, "train.seed": seed, "train.precision": precision,
+        "train.lr": None if lr == SEARCH else lr, "train.seed": seed, "train.precision": precision,
     }  # fmt: skip
     settings = settings_from(config, flags, change or [])
     if dry_run:
         _show_plan(settings, as_json)
+        return
+    if lr == SEARCH:
+        settings = searched(settings, resume, quiet)
+    if seeds is not None:
+        run_seeds(settings, seeds, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
     result = _run(settings, resume, overwrite, quiet)
     page = _report(result) if report else None
