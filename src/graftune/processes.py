@@ -9,6 +9,8 @@ import json
 import os
 from typing import Any
 
+from graftune.errors import SettingsError
+
 FAILED = "graftune/failed"
 
 
@@ -34,6 +36,12 @@ def start() -> None:
         from accelerate.utils import is_cuda_available
 
         PartialState(cpu=not is_cuda_available())
+
+
+def refuse_several(what: str) -> None:
+    """Raises SettingsError where a run has several processes, which something isn't for."""
+    if count() > 1:
+        raise SettingsError(f"{what} are for one process, and there are {count()}: run them alone.")
 
 
 def stop() -> None:

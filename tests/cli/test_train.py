@@ -155,3 +155,34 @@ def test_json_is_alone_on_standard_output(graftune, base, rows, tmp_path):
     assert result["report"] is None
     assert result["metrics"]["test"]["accuracy"] >= 0
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_schema_knows_every_key_of_a_settings_file(graftune):
+    ended = graftune("train", "--schema")
+    assert (ended.code, ended.err) == (0, "")
+    assert set(ended.json["properties"]) == set(RunSettings.model_fields)
+    assert "skip_bad" in ended.json["$defs"]["DataSettings"]["properties"]
+    assert ended.json["additionalProperties"] is False
+
+
+def test_seeds_and_a_searched_rate_make_runs_and_a_table(graftune, base, rows, tmp_path):
+    words = [
+        "train", "--base", base, "--data", rows, "--method", "bitfit", "--steps", 3,
+        "--out", tmp_path / "run", "--seeds", 2, "--lr", "search",
+    ]  # fmt: skip
+    ended = graftune(*words)
+    assert ended.code == 0, ended.err
+    assert "mean ± sd" in ended.out
+    assert "seed 1" in ended.out
+    assert "the best accuracy on the validation data after 3 steps each" in ended.err
+    again = graftune(*words, "--resume", "--json", "--quiet")
+    assert again.code == 0, again.err
+    assert len(again.json["runs"]) == 2
+    assert again.json["metrics"]["test"]["accuracy"]["sd"] >= 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run-seed0", "run-seed1"}
+
+
+def test_a_rate_that_is_no_number_names_its_flag(graftune, base, rows):
+    ended = graftune("train", "--base", base, "--data", rows, "--lr", "high")
+    assert ended.code == 2
+    assert "--lr: train.lr" in ended.err

@@ -96,3 +96,18 @@ def test_positions_kept_for_padding_do_not_count(tmp_path: Path) -> None:
     base = load_base(str(tiny.bert(tmp_path)), labels=["a", "b"])
     model = RobertaForSequenceClassification(config)
     assert length_limit(settings(), find_task("classification"), model, base.tokenizer) == 32
+
+
+def test_loggers_that_are_unknown_or_not_installed_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(
+        integration_utils, "get_available_reporting_integrations", lambda: ["mlflow"]
+    )
+    with pytest.raises(SettingsError, match='Did you mean "tensorboard"'):
+        whole(settings(train={"report_to": "tensorbord"}))
+    with pytest.raises(SettingsError, match="whose package isn't installed"):
+        whole(settings(train={"report_to": ["mlflow", "tensorboard"]}))
+    assert whole(settings(train={"report_to": "mlflow"})).train.report_to == ("mlflow",)

@@ -243,3 +243,24 @@ def test_instructions_are_learnt_and_answered(tmp_path: Path) -> None:
     before = run.predict(tmp_path / "run", asked, base_only=True, max_new_tokens=8)
     assert before[0]["answer"] != "hello yes good day"
     assert run.evaluate(tmp_path / "run", batch_size=16)["metrics"] == result.metrics["test"]
+
+
+def test_a_logger_of_the_trainers_is_told_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    logged: list[dict[str, float]] = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args: Any, *rest: Any, logs: Any = None, **settings: Any) -> None:
+            logged.append({**logs, "run": args.run_name})
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Logger)
+    monkeypatch.setattr(
+        integration_utils, "get_available_reporting_integrations", lambda: ["mlflow"]
+    )
+    run.train(settings(tmp_path, train={"epochs": 1, "report_to": "mlflow"}, name="told"))
+    assert any("loss" in row and row["run"] == "told" for row in logged)
+    assert any("eval_accuracy" in row for row in logged)

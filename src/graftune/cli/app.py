@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from graftune.cli.convert import convert
+from graftune.cli.data import data
 from graftune.cli.demo import demo
 from graftune.cli.evaluate import evaluate
 from graftune.cli.helptext import Group, add
@@ -59,5 +60,17 @@ def _top(
 
 
 add(
-    app, demo, plan, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer
+    app,
+    demo,
+    data,
+    plan,
+    train,
+    evaluate,
+    predict,
+    inspect,
+    convert,
+    merge,
+    methods,
+    intrinsic,
+    transfer,
 )

@@ -33,6 +33,8 @@ def ends_well(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         try:
             command(**options)
+        except typer.Exit:
+            raise
         except KeyboardInterrupt as stopped:
             message = str(stopped) or "Stopped."
             raise _end(stopped, message, INTERRUPTED, options) from None

@@ -9,6 +9,7 @@ import typer
 
 from graftune import processes
 from graftune.cli.options import AsJson, Debug, Quiet
+from graftune.cli.repeating import SEARCH, run_seeds, searched
 
 if TYPE_CHECKING:
     from graftune.tasks.result import RunResult
@@ -113,12 +114,23 @@ def train(
         int | None, typer.Option(help="Rows per step.", rich_help_panel=_TRAINING)
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option(help="Highest learning rate; else the method's.", rich_help_panel=_TRAINING),
+        str | None,
+        typer.Option(
+            help="Highest learning rate, or `search`: the best of a few short runs; else the "
+            "method's.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of weights, order and dropout.", rich_help_panel=_TRAINING),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="So many runs, NAME-seed0 and on, and their mean and spread.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -153,6 +165,14 @@ def train(
             rich_help_panel=_RUN,
         ),
     ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            help="Print the JSON schema of settings files, for editors, and end.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_RUN),
@@ -180,11 +200,15 @@ def train(
       graftune train --base demo:smollm2 --task instruct --data answers.jsonl --steps 200
       graftune train --base demo:smollm2 --data mail.csv --method in-context --shots 8
       graftune train run.yaml --set train.lr=1e-3 --set method.dropout=0.1 --out runs/second
+      graftune train run.yaml --lr search --seeds 3
       graftune train run.yaml --dry-run       what it would do, and what is in the data
       graftune train runs/second/run.yaml --resume       after Ctrl-C or a crash
 
     A settings file says the same with the keys that --dry-run prints.
     """
+    if schema:
+        _print_schema()
+        return
     flags: dict[str, Any] = {
         "base": base, "task": task, "out": out, "name": name,
         "data.train": data, "data.validation": validation, "data.test": test,
@@ -193,12 +217,19 @@ def train(
         "method.targets": _targets(targets), "method.shots": shots, "method.against": against,
         "method.template": template,
         "train.epochs": epochs, "train.steps": steps, "train.batch_size": batch_size,
-        "train.lr": lr, "train.seed": seed, "train.precision": precision,
+        "train.lr": None if lr == SEARCH else lr, "train.seed": seed, "train.precision": precision,
         "train.quantize": quantize,
     }  # fmt: skip
     settings = settings_from(config, flags, change or [])
     if dry_run:
         _show_plan(settings, as_json)
+        return
+    if lr == SEARCH or seeds is not None:
+        processes.refuse_several("--lr search and --seeds")
+    if lr == SEARCH:
+        settings = searched(settings, resume, quiet)
+    if seeds is not None:
+        run_seeds(settings, seeds, resume=resume, overwrite=overwrite, quiet=quiet, as_json=as_json)
         return
     processes.start()
     result = _run(settings, resume, overwrite, quiet)
@@ -308,7 +339,7 @@ def _run(settings: RunSettings, resume: bool, overwrite: bool, quiet: bool) -> R
 
 
 def _how_to_go_on(run_dir: Path) -> str:
-    kept = sorted((run_dir / "checkpoints").glob("*")) if run_dir.is_dir() else []
+    kept = sorted((run_dir / "checkpoints").glob("checkpoint-*")) if run_dir.is_dir() else []
     if not kept:
         return "Stopped before the first checkpoint; nothing is kept."
     return (
@@ -338,6 +369,13 @@ def _show_plan(settings: RunSettings, as_json: bool) -> None:
         print(f"\nThe first question's prompt:\n\n{found['prompt']}\n")
     for note in found.get("notes", ()):
         print(note)
+
+
+def _print_schema() -> None:
+    from graftune.cli import screen
+    from graftune.tasks.settings import RunSettings
+
+    screen.print_json(RunSettings.json_schema())
 
 
 def _as_yaml(settings: dict[str, Any]) -> str:

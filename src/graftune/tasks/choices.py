@@ -30,7 +30,6 @@ from graftune.tasks.classification import (
     LABELS,
     TEXTS,
     class_names,
-    label_of,
     text_key,
     texts_of,
     usual_pair,
@@ -38,6 +37,7 @@ from graftune.tasks.classification import (
 from graftune.tasks.columns import find_column
 from graftune.tasks.conversations import ANSWERS, INSTRUCTIONS
 from graftune.tasks.data import Example, normalised
+from graftune.tasks.label_notes import label_of
 from graftune.tasks.models import LANGUAGE_MODEL
 from graftune.tasks.scoring import AnswerTokens, EveryChoice, Loss, place_in_row, score_choices
 from graftune.tasks.settings import Columns, TaskOptions

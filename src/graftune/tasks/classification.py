@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftune.errors import DataError, nearest
 from graftune.tasks import metrics
+from graftune.tasks.class_weights import ClassificationOptions, weighted, weights_of
 from graftune.tasks.columns import find_column
 from graftune.tasks.data import Example, normalised
-from graftune.tasks.settings import Columns
+from graftune.tasks.label_notes import label_of
+from graftune.tasks.settings import Columns, TaskOptions
 from graftune.tasks.tables import Row, Table
 from graftune.tasks.task import Encoded, Ready, Task, cut_note, register_task
 
@@ -53,6 +55,28 @@ class Classification(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc")
     roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
     picks: ClassVar[bool] = True
+    options_type: ClassVar[type[TaskOptions]] = ClassificationOptions
+
+    def __init__(self, options: ClassificationOptions | None = None) -> None:
+        self._options = options or ClassificationOptions()
+        self._weights: list[float] | None = None
+
+    @property
+    def options(self) -> TaskOptions:
+        """See `Task.options`."""
+        return self._options
+
+    @property
+    def has_own_forward(self) -> bool:
+        """See `Task.has_own_forward`: where classes have weights the loss is the task's."""
+        own = type(self).forward is not Classification.forward
+        return own or self._options.class_weights is not None
+
+    def forward(self, model: Any, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """See `Task.forward`; the loss is weighted where classes have weights."""
+        if self._weights is None:
+            return super().forward(model, batch)
+        return weighted(model, batch, self._weights)
 
     def columns(self, table: Table, named: Columns) -> dict[str, str]:
         """Returns the columns of text, text_pair (for pairs) and label."""
@@ -90,8 +114,14 @@ class Classification(Task):
 
         Raises:
             DataError: There is only one; or another split has a label that training never sees.
+            SettingsError: A weight is for something else.
         """
-        return class_names(splits)
+        names = class_names(splits)
+        chosen = self._options.class_weights
+        if chosen is not None:
+            strata = [example.stratum for example in splits["train"]]
+            self._weights = weights_of(chosen, names, strata)
+        return names
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Changes nothing: any tokenizer will do."""
@@ -168,6 +198,10 @@ def usual_pair(table: Table) -> tuple[str | None, str | None]:
 def _labelled(row: Row, columns: Mapping[str, str], where: str) -> Example:
     fields = texts_of(row, columns, where)
     value = row.get(columns["label"])
+    if isinstance(value, list | dict):
+        raise DataError(
+            f'{where}: the label ("{columns["label"]}") is {value!r}, expected one name.'
+        )
     label = label_of(value)
     if not label:
         raise DataError(f'{where}: the label ("{columns["label"]}") is missing, found {value!r}.')
@@ -187,13 +221,6 @@ def texts_of(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
             raise DataError(f'{where}: the text ("{columns[role]}") is empty.')
         texts[role] = value
     return texts
-
-
-def label_of(value: Any) -> str:
-    """Returns a label as text; 1, 1.0 and " 1 " are the same label."""
-    if isinstance(value, float):
-        value = int(value) if value.is_integer() else "" if value != value else value
-    return "" if value is None else str(value).strip()
 
 
 def text_key(fields: Mapping[str, str]) -> str:

@@ -12,16 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from graftune.errors import DataError
+from graftune.tasks.bad_rows import BadRows
 from graftune.tasks.columns import check_columns
+from graftune.tasks.label_notes import label_notes
 from graftune.tasks.settings import Columns, DataSettings
-from graftune.tasks.sources import file_hashes, read_source, read_split
+from graftune.tasks.sources import BadSplits, file_hashes, read_source, read_split
 from graftune.tasks.tables import Table
 
 SPLITS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row, as a task understands it."""
 
@@ -77,8 +81,18 @@ class DataReport:
     """Tokens before cutting: "median", "p90", "max" of each split."""
     cut: dict[str, int] = field(default_factory=dict[str, int])
     """Rows of each split that were cut to the limit."""
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    """Rows of each source split that were left out because they are bad, by reason."""
     notes: list[str] = field(default_factory=list[str])
     """What a user should know, one sentence each."""
+
+    def measure(self, split: str, lengths: Sequence[int], limit: int, cut: int | None) -> None:
+        """Notes a split's lengths in tokens, and how many were cut: those longer, if it is None."""
+        values = np.array(lengths)
+        middle, high, most = np.percentile(values, [50, 90, 100], method="nearest")
+        self.max_length = limit
+        self.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
+        self.cut[split] = int((values > limit).sum()) if cut is None else cut
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as nested dictionaries of plain values."""
@@ -100,16 +114,37 @@ def load(settings: DataSettings, reader: Reader) -> Loaded:
     Raises:
         DataError: The data can't be read or used.
     """
-    tables = _tables(settings)
+    bad: BadSplits | None = {} if settings.skip_bad else None
+    return split_up(read_tables(settings, bad), settings, reader, bad)
+
+
+def split_up(
+    tables: dict[str, Table], settings: DataSettings, reader: Reader, bad: BadSplits | None = None
+) -> Loaded:
+    """Returns the examples of all splits of tables that were read; the tables are taken out.
+
+    Rows that can't be used are counted in `bad`; without it they are errors.
+
+    Raises:
+        DataError: The data can't be used.
+    """
     columns = reader.columns(tables["train"], settings.columns)
     for table in tables.values():
         check_columns(table, columns)
-    splits = {split: reader.examples(table, columns) for split, table in tables.items()}
     report = DataReport(
         sources={split: table.source for split, table in tables.items()},
         hashes=_hashes(settings),
         columns=columns,
     )
+    splits: dict[str, list[Example]] = {}
+    for split in list(tables):
+        # Each table goes as soon as it is read, so that rows and examples of all never coexist.
+        table = tables.pop(split)
+        report.notes.extend(label_notes(table, columns.get("label"), split))
+        splits[split] = _examples(reader, table, columns, bad, split)
+    for split, found in (bad or {}).items():
+        report.left_out[split] = found.reasons
+        report.notes.extend(found.notes(split))
     splits = _complete(splits, settings, report)
     _count(splits, report)
     for split, examples in splits.items():
@@ -117,14 +152,45 @@ def load(settings: DataSettings, reader: Reader) -> Loaded:
     return Loaded(splits, report)
 
 
-def _tables(settings: DataSettings) -> dict[str, Table]:
-    tables = dict(read_source(settings.train))
+def _examples(
+    reader: Reader,
+    table: Table,
+    columns: Mapping[str, str],
+    bad: BadSplits | None,
+    split: str,
+) -> list[Example]:
+    """Returns a table's examples; where bad rows may be left out, each row is read by itself."""
+    if bad is None:
+        return reader.examples(table, columns)
+    found: list[Example] = []
+    counted = bad.setdefault(split, BadRows())
+    for index in range(len(table.rows)):
+        try:
+            found.extend(reader.examples(table.alone(index), columns))
+        except DataError as error:
+            where = table.where(index)
+            counted.add(where, str(error).removeprefix(where).lstrip(":, "))
+    if not found:
+        reason, where = next(iter(counted.places.items()))
+        raise DataError(
+            f"{where}: {reason} No row of {table.source} can be used: {counted.count} are bad."
+        )
+    return found
+
+
+def read_tables(settings: DataSettings, bad: BadSplits | None = None) -> dict[str, Table]:
+    """Returns the tables of the splits that are given.
+
+    Raises:
+        DataError: One can't be read.
+    """
+    tables = dict(read_source(settings.train, bad))
     if "train" not in tables:
         raise DataError(f'"{settings.train}" holds no train split: found {", ".join(tables)}.')
     for split in ("validation", "test"):
         spec = getattr(settings, split)
         if spec is not None:
-            tables[split] = read_split(spec, split)
+            tables[split] = read_split(spec, split, bad)
     return {split: tables[split] for split in SPLITS if split in tables}
 
 

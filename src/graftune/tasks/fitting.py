@@ -24,6 +24,8 @@ from graftune.training.trunk_cache import cut_of
 
 LOGGED_STEPS = 100
 """About how often in a run the loss is logged."""
+SMALLER_IS_BETTER = ("loss", "perplexity")
+"""Metrics of which less is better."""
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 Features = Sequence[dict[str, Any]]
@@ -132,13 +134,15 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "save_total_limit": train.keep,
         "load_best_model_at_end": train.select == "best",
         "metric_for_best_model": metric,
-        "greater_is_better": metric not in ("loss", "perplexity"),
+        "greater_is_better": metric not in SMALLER_IS_BETTER,
         "bf16": train.precision == "bfloat16",
         "use_cpu": _is_told(train.precision),
         "fp16": train.precision == "float16",
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
+        "report_to": list(train.report_to) or "none",
+        "run_name": settings.run_name,
         **({"optim": train.optimizer} if train.optimizer else {}),
         **({"gradient_checkpointing": True} if train.gradient_checkpointing else {}),
     }

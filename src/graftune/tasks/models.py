@@ -140,6 +140,28 @@ def base_config(spec: str) -> PreTrainedConfig | None:
         return _config(source, None, "classification")
 
 
+def load_shell(spec: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns a base's body without values, on the meta device, and its tokenizer.
+
+    No weight is read.
+
+    Raises:
+        SettingsError: `spec` names nothing.
+        FormatError: what it names is not a model's folder.
+    """
+    import torch
+    from transformers import AutoModel, GenerationConfig
+
+    source = locate(spec, _to_stderr)
+    with quiet(), _clear_errors(spec, "feature", source), torch.device("meta"):
+        model = AutoModel.from_config(_config(source, None, "feature"))
+        with contextlib.suppress(OSError):  # most encoders have none
+            model.generation_config = GenerationConfig.from_pretrained(str(source))
+        tokenizer = _tokenizer(source)
+    _agree_on_padding(tokenizer, model)
+    return model, tokenizer
+
+
 def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: str | None) -> None:
     """Refuses an argument of `load_base` that can't be, before anything is read."""
     for what, value, allowed in (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from graftune.errors import DataError
 from graftune.tasks.classification import Classification, class_names
 from graftune.tasks.data import Example
+from graftune.tasks.settings import TaskOptions
 from graftune.tasks.task import Ready, register_task
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Multitask(Classification):
 
     name: ClassVar[str] = "multitask"
     summary: ClassVar[str] = "texts of several tasks, each with its own labels and head"
+    options_type: ClassVar[type[TaskOptions]] = TaskOptions
+
+    @property
+    def options(self) -> TaskOptions:
+        """See `Task.options`; there are none."""
+        return TaskOptions()
 
     def labels(self, splits: Mapping[str, Sequence[Example]]) -> list[str]:
         """Returns the labels of all tasks, "TASK/LABEL".

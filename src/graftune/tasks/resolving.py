@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graftune.errors import SettingsError, nearest
@@ -56,6 +56,7 @@ def resolved(settings: RunSettings, task: Task, method: Method) -> RunSettings:
     quantize = Quantising.asked(train)
     if quantize is not None:
         quantize.check()
+    _check_report_to(train.report_to)
     select = "last" if 0 in (train.eval_every, train.save_every) else train.select
     if train.early_stop is not None and select != "best":
         raise SettingsError(
@@ -139,6 +140,26 @@ def _check_optimizer(name: str | None) -> None:
     if name not in known:
         hint = nearest(name, known) or f" There are {', '.join(known)}."
         raise SettingsError(f'train.optimizer is "{name}", which transformers doesn\'t know.{hint}')
+
+
+def _check_report_to(names: Sequence[str]) -> None:
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
+    there = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise SettingsError(
+                f'train.report_to is "{name}", which transformers doesn\'t know; it has '
+                f"{', '.join(known)}.{nearest(name, known)}"
+            )
+        if name not in there:
+            raise SettingsError(
+                f'train.report_to is "{name}", whose package isn\'t installed here; install it, or '
+                f"leave it out. Installed: {', '.join(there) or 'none'}."
+            )
 
 
 def check_roles(settings: RunSettings, task: Task) -> None:

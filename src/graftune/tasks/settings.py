@@ -87,6 +87,9 @@ class DataSettings(_Section):
     """Share of the training data held out for the test when no file is given; 0 for none."""
     seed: int = 0
     """Seed of the splits that are made here."""
+    skip_bad: bool = False
+    """Whether rows that can't be read or used are left out, counted and reported; else the first of
+    them is an error that names its line."""
 
 
 class TrainSettings(_Section):
@@ -159,6 +162,15 @@ class TrainSettings(_Section):
     drawn in every training pass, and none otherwise."""
     group_by_length: bool = True
     """Make batches of texts of about one length, so that little is padded."""
+
+    report_to: tuple[str, ...] = ()
+    """Where transformers' Trainer logs to besides the run's own files, by its names, as
+    `tensorboard`, `wandb` or `mlflow`."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("drop", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftune.errors import DataError
+from graftune.tasks.bad_rows import BadRows
 from graftune.tasks.tables import (
     Table,
     class_names,
@@ -23,60 +24,71 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 """The names under which each split is found in a folder or data set."""
+BadSplits = dict[str, BadRows]
+"""What was left out of each split."""
 
 
-def read_source(spec: str) -> dict[str, Table]:
+def read_source(spec: str, bad: BadSplits | None = None) -> dict[str, Table]:
     """Returns the splits of a file, a folder, or a data set's name (`owner/name:configuration`).
 
-    A single file or an unnamed split is "train".
+    A single file or an unnamed split is "train". Rows of files that can't be read are counted in
+    `bad`; without it they are errors.
 
     Raises:
         DataError: There is nothing of that name, or it can't be read.
     """
     path = Path(spec).expanduser()
     if path.is_file():
-        return {"train": read_table(path)}
+        return {"train": read_table(path, _of(bad, "train"))}
     if path.is_dir():
         saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
-        return _saved_dataset(path) if saved else _folder(path)
-    if path.suffix.lower() in readable_endings() or spec.startswith((".", "/", "~")):
+        return _saved_dataset(path) if saved else _folder(path, bad)
+    meant = spec.startswith((".", "/", "~")) or spec.endswith("/")
+    if meant or path.suffix.lower() in readable_endings():
         raise DataError(missing_file_message(path))
     return _named_dataset(spec)
 
 
-def read_split(spec: str, split: str) -> Table:
+def read_split(spec: str, split: str, bad: BadSplits | None = None) -> Table:
     """Returns the one split that a file, folder or data set's name stands for.
 
     Raises:
         DataError: As `read_source`; or the source holds several splits, but not this one.
     """
-    tables = read_source(spec)
-    if split in tables:
-        return tables[split]
-    if len(tables) == 1:
-        return next(iter(tables.values()))
-    raise DataError(f'"{spec}" holds no {split} split: found {", ".join(tables)}.')
+    found: BadSplits | None = None if bad is None else {}
+    tables = read_source(spec, found)
+    name = split if split in tables else next(iter(tables))
+    if split not in tables and len(tables) > 1:
+        raise DataError(f'"{spec}" holds no {split} split: found {", ".join(tables)}.')
+    if bad is not None and found:
+        bad[split] = found.get(name, BadRows())
+    return tables[name]
 
 
 def file_hashes(spec: str) -> dict[str, str]:
     """Returns the SHA-256 of a data file, or of each data file of a folder; {} for a name."""
     path = Path(spec).expanduser()
     if path.is_file():
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+        return {str(path): _hash(path)}
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.is_file())
-        return {str(item): hashlib.sha256(item.read_bytes()).hexdigest() for item in files}
+        return {str(item): _hash(item) for item in files}
     return {}
 
 
-def _folder(path: Path) -> dict[str, Table]:
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder(path: Path, bad: BadSplits | None) -> dict[str, Table]:
     files = sorted(
         item
         for item in path.iterdir()
         if item.is_file() and item.suffix.lower() in readable_endings()
     )
     if len(files) == 1:
-        return {"train": read_table(files[0])}
+        return {"train": read_table(files[0], _of(bad, "train"))}
     found: dict[str, Path] = {}
     for item in files:
         split = _split_of(item.stem)
@@ -90,7 +102,13 @@ def _folder(path: Path) -> dict[str, Table]:
             f'"{path}" holds {names}: expected one data file, or one named train and, if you like, '
             f"one named validation and one named test ({', '.join(readable_endings())})."
         )
-    return {split: read_table(found[split]) for split in SPLIT_NAMES if split in found}
+    return {
+        split: read_table(found[split], _of(bad, split)) for split in SPLIT_NAMES if split in found
+    }
+
+
+def _of(bad: BadSplits | None, split: str) -> BadRows | None:
+    return None if bad is None else bad.setdefault(split, BadRows())
 
 
 def _split_of(stem: str) -> str | None:

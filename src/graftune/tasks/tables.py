@@ -5,8 +5,6 @@ Only the standard library is needed for text; pyarrow is imported for Parquet al
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftune.errors import DataError, nearest
+from graftune.tasks.bad_rows import BadRows, refuse
 from graftune.tasks.conll import read_sentences
+from graftune.tasks.delimited import read_delimited
+from graftune.tasks.file_kinds import check_kind, encoding_message
 from graftune.tasks.squad import questions_in
 
 Row = dict[str, Any]
-
-_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Table:
     """The file's or data set's name, as the user knows it."""
     lines: list[int] | None = None
     """The line on which each row starts or ends, in a text file; else None."""
+    numbers: list[int] | None = None
+    """The number of each row where some were left out; None: counted from 1."""
 
     @property
     def columns(self) -> list[str]:
@@ -42,11 +43,23 @@ class Table:
         """Returns the place of a row: `mail.csv:12`, or `mail.parquet row 12`."""
         if self.lines is not None:
             return f"{self.source}:{self.lines[index]}"
-        return f"{self.source} row {index + 1}"
+        number = index + 1 if self.numbers is None else self.numbers[index]
+        return f"{self.source} row {number}"
+
+    def alone(self, index: int) -> Table:
+        """Returns a table of one row, which keeps its place."""
+        if self.lines is not None:
+            return Table([self.rows[index]], self.source, [self.lines[index]])
+        number = index + 1 if self.numbers is None else self.numbers[index]
+        return Table([self.rows[index]], self.source, numbers=[number])
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, bad: BadRows | None = None) -> Table:
     """Returns the rows of a CSV, TSV, JSONL, JSON, Parquet or CoNLL file.
+
+    Args:
+        path: The file.
+        bad: Where rows that can't be read are counted; None: they are errors.
 
     Raises:
         DataError: The file can't be read, has another ending, or is not what its ending says.
@@ -56,14 +69,22 @@ def read_table(path: str | Path) -> Table:
     if reader is None:
         raise DataError(f'"{path}" ends in "{path.suffix}": expected one of {", ".join(_READERS)}.')
     try:
-        table = reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(_encoding_message(path, error)) from None
+        check_kind(path)
+        table = reader(path, bad)
+    except UnicodeDecodeError:
+        raise DataError(encoding_message(path)) from None
     except OSError as error:
         raise DataError(f'"{path}" can\'t be read: {error.strerror or error}.') from error
     if not table.rows:
-        raise DataError(f'"{path}" holds no rows.')
+        raise DataError(f'"{path}" holds no rows{_all_bad(bad)}.')
     return table
+
+
+def _all_bad(bad: BadRows | None) -> str:
+    if bad is None or not bad.count:
+        return ""
+    reason, place = next(iter(bad.places.items()))
+    return f" that can be used: {bad.count} are bad, the first at {place}: {reason.rstrip('.')}"
 
 
 def readable_endings() -> list[str]:
@@ -71,98 +92,102 @@ def readable_endings() -> list[str]:
     return list(_READERS)
 
 
-def _read_delimited(path: Path) -> Table:
-    text = _read_text(path)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        return _delimited_rows(path, text, delimiter)
-    finally:
-        csv.field_size_limit(limit)
+def _read_delimited(path: Path, bad: BadRows | None) -> Table:
+    rows, lines = read_delimited(path, bad)
+    return Table(cast(list[Row], rows), str(path), lines)
 
 
-def _delimited_rows(path: Path, text: str, delimiter: str) -> Table:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _read_json_lines(path: Path, bad: BadRows | None) -> Table:
     rows: list[Row] = []
     lines: list[int] = []
-    header: list[str] | None = None
-    try:
-        for fields in reader:
-            if not fields:
+    # A lone carriage return ends a line too: within a JSON text it can't stand.
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
                 continue
-            if header is None:
-                header = _header(path, fields)
-                continue
-            if len(fields) != len(header):
-                raise DataError(_ragged_message(path, reader.line_num, header, fields))
-            rows.append(dict(zip(header, fields, strict=True)))
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}.") from None
+            try:
+                rows.append(_row(_parsed(line.rstrip("\n"))))
+            except DataError as error:
+                refuse(bad, f"{path}:{number}", str(error))
+            else:
+                lines.append(number)
     return Table(rows, str(path), lines)
 
 
-def _header(path: Path, fields: Sequence[str]) -> list[str]:
-    names = [field.strip() for field in fields]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if "" in names or twice:
-        found = f"{twice[0]!r} twice" if twice else "a column without a name"
-        raise DataError(f"{path}:1: the first line must name each column; it has {found}.")
-    return names
-
-
-def _delimiter(text: str) -> str:
-    first = text.partition("\n")[0]
-    return max(",;\t", key=lambda mark: (first.count(mark), mark == ","))
-
-
-def _ragged_message(path: Path, line: int, header: list[str], fields: list[str]) -> str:
-    return (
-        f"{path}:{line}: this row has {len(fields)} fields, the first line names {len(header)} "
-        f'({", ".join(header)}); put texts that hold the separator in "quotes".'
-    )
-
-
-def _read_json_lines(path: Path) -> Table:
-    rows: list[Row] = []
-    lines: list[int] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        rows.append(_row(_parsed(line, f"{path}:{number}"), f"{path}:{number}"))
-        lines.append(number)
-    return Table(rows, str(path), lines)
-
-
-def _read_json(path: Path) -> Table:
-    value = _parsed(_read_text(path), str(path))
+def _read_json(path: Path, bad: BadRows | None) -> Table:
+    try:
+        value = _parsed(path.read_text(encoding="utf-8-sig"))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     if isinstance(value, dict):
-        lists = [item for item in cast(Row, value).values() if isinstance(item, list)]
-        value = lists[0] if len(lists) == 1 else value
+        value = _only_list(cast(Row, value), path)
     if isinstance(value, list):
         value = questions_in(cast(list[Any], value)) or cast(list[Any], value)
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {_kind(value)}.")
-    items = cast(list[Any], value)
-    rows = [_row(item, f"{path} row {number}") for number, item in enumerate(items, start=1)]
-    return Table(rows, str(path))
+    rows: list[Row] = []
+    numbers: list[int] = []
+    for number, item in enumerate(cast(list[Any], value), start=1):
+        try:
+            rows.append(_row(item))
+        except DataError as error:
+            refuse(bad, f"{path} row {number}", str(error))
+        else:
+            numbers.append(number)
+    return Table(rows, str(path), numbers=numbers)
 
 
-def _read_conll(path: Path) -> Table:
-    rows, lines = read_sentences(_read_text(path), str(path))
+def _only_list(value: Row, path: Path) -> list[Any]:
+    lists = {key: item for key, item in value.items() if isinstance(item, list)}
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    found = ", ".join(f'"{key}"' for key in list(value)[:8]) or "nothing"
+    raise DataError(
+        f"{path}: expected a list of objects, found an object with {found}, of which "
+        f"{len(lists) or 'none'} {'are lists' if lists else 'is a list'}: write the rows as "
+        "[{…}, {…}], each split in a file of its own."
+    )
+
+
+def _read_conll(path: Path, bad: BadRows | None) -> Table:
+    with path.open(encoding="utf-8-sig") as file:
+        rows, lines = read_sentences(file, str(path), bad)
     return Table(rows, str(path), lines)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON: {error}.") from None
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise DataError("not usable JSON: it is nested too deeply.") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"not valid JSON: {error.msg} ({line}column {error.colno}).") from None
+    if "\\ud" in text or "\\uD" in text:
+        _check_surrogates(value)
+    return value
 
 
-def _row(value: Any, where: str) -> Row:
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f'the object has the key "{twice}" twice.')
+    return row
+
+
+def _check_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"a text holds {found}, half of a letter: it was cut.") from None
+
+
+def _row(value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object like {{...}}, found {_kind(value)}.")
+        raise DataError(f"expected an object like {{...}}, found {_kind(value)}.")
     return cast(Row, value)
 
 
@@ -171,16 +196,22 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"{value!r}")
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, bad: BadRows | None) -> Table:
     import pyarrow
     import pyarrow.parquet
 
+    rows: list[Row] = []
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f'"{path}" is not a Parquet file: {error}.') from None
-    names = _class_names(dict(table.schema.metadata or {}))
-    rows = [name_classes(row, names) for row in table.to_pylist()]
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if len(set(schema.names)) < len(schema.names):
+                raise DataError(f'"{path}" has two columns of one name: {", ".join(schema.names)}.')
+            names = _class_names(dict(schema.metadata or {}))
+            for batch in file.iter_batches():
+                rows.extend(name_classes(row, names) for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).rstrip(".")
+        raise DataError(f'"{path}" is not a Parquet file, or not a whole one: {reason}.') from None
     return Table(rows, str(path))
 
 
@@ -217,18 +248,6 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     return {column: names for column, names in found.items() if names}
 
 
-def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig")
-
-
-def _encoding_message(path: Path, error: UnicodeDecodeError) -> str:
-    line = error.object[: error.start].count(b"\n") + 1
-    return (
-        f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as "
-        f"UTF-8, for instance with `iconv -f latin1 -t utf-8`."
-    )
-
-
 def missing_file_message(path: Path) -> str:
     """Returns what to say about a path that isn't there, with the nearest that is."""
     folder = path.parent
@@ -240,7 +259,7 @@ def _names_in(folder: Path) -> Iterator[str]:
     return (item.name for item in folder.iterdir())
 
 
-_READERS: dict[str, Callable[[Path], Table]] = {
+_READERS: dict[str, Callable[[Path, BadRows | None], Table]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".jsonl": _read_json_lines,

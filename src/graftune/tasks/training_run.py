@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from graftune import processes
 from graftune.anatomy.packed import stored_bytes
 from graftune.errors import SettingsError
@@ -260,15 +258,9 @@ class TrainingRun:
     def _encoded(self, ready: Ready) -> dict[str, Encoded]:
         """Returns all splits as tokens, their lengths in the data's report."""
         found: dict[str, Encoded] = {}
-        report = self.data.report
-        report.max_length = ready.max_length
         for split, examples in self.data.splits.items():
-            found[split] = self.task.encode(examples, ready)
-            lengths = np.array(found[split].lengths)
-            middle, high, most = np.percentile(lengths, [50, 90, 100], method="nearest")
-            report.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
-            cut = found[split].cut
-            report.cut[split] = int((lengths > ready.max_length).sum()) if cut is None else cut
+            one = found[split] = self.task.encode(examples, ready)
+            self.data.report.measure(split, one.lengths, ready.max_length, one.cut)
             for note in found[split].notes:
                 self._note(f"{split.capitalize()}: {note}")
         return found

@@ -55,14 +55,19 @@ def claimed(run_dir: Path, *, resume: bool = False, overwrite: bool = False) -> 
         raise SettingsError(f'"{run_dir}" is a file; a run needs a directory (out).')
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with locked(run_dir, timeout_s=0):
-        _check_free(run_dir, resume=resume, overwrite=overwrite)
+        check_free(run_dir, resume=resume, overwrite=overwrite)
         run_dir.mkdir(exist_ok=True)
         if not resume:
             clear(run_dir)
         yield
 
 
-def _check_free(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+def check_free(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Checks that a run may write into a directory.
+
+    Raises:
+        SettingsError: It holds another run, or files that aren't a run's.
+    """
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return
     if not (run_dir / SETTINGS).exists():
