@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from graftune.cli.compare import compare
 from graftune.cli.convert import convert
 from graftune.cli.demo import demo
 from graftune.cli.evaluate import evaluate
@@ -57,4 +58,8 @@ def _top(
     """
 
 
-add(app, demo, train, evaluate, predict, inspect, convert, merge, methods, intrinsic, transfer)
+add(
+    app,
+    *(demo, train, compare, evaluate, predict, inspect),
+    *(convert, merge, methods, intrinsic, transfer),
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,16 @@ import numpy as np
 
 from graftune.errors import SettingsError
 from graftune.tasks import beside, dropping, starting, workspace
-from graftune.tasks.data import Example, Loaded, load
+from graftune.tasks.data import Example, Loaded
 from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.measured import Measured
-from graftune.tasks.models import load_base
 from graftune.tasks.predicting import answer, measure_logits
 from graftune.tasks.resolving import length_limit, method_of, precision, resolved
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Encoded, Ready, Task, find_task
 from graftune.tasks.task_file import write_task
+from graftune.tasks.workshop import ALONE, Source
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -45,11 +44,14 @@ class TrainingRun:
     labels: list[str]
     watcher: Watcher
     began: float
+    source: Source = ALONE
     notes: list[str] = field(default_factory=list[str])
     costs: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
-    def prepared(cls, settings: RunSettings, watcher: Watcher) -> TrainingRun:
+    def prepared(
+        cls, settings: RunSettings, watcher: Watcher, source: Source = ALONE
+    ) -> TrainingRun:
         """Returns a run, its settings resolved and its data read and checked.
 
         Raises:
@@ -60,14 +62,14 @@ class TrainingRun:
         task = find_task(settings.task, settings.task_options)
         method = method_of(settings.method)
         settings = resolved(settings, task, method)
-        data = load(settings.data, task)
+        data = source.data(settings, task)
         labels = task.labels(data.splits)
         if "validation" not in data.splits:
             settings = _without_validation(settings)
         method.check_steps(total_steps(settings, len(data.splits["train"])))
         beside.check_names(settings, method)
         dropping.check(settings, method)
-        run = cls(settings, task, method, data, labels, watcher, began)
+        run = cls(settings, task, method, data, labels, watcher, began, source)
         run.notes.extend(data.report.notes)
         if method.prunes and settings.train.select == "best":
             run.settings = settings.replaced(train={"select": "last"})
@@ -112,6 +114,22 @@ class TrainingRun:
                 self._note(f"{run_dir} is finished already; nothing was done.")
                 return finished
             return self._run(run_dir, resume, others, start)
+
+    def rehearse(self) -> None:
+        """Makes what runs of one workshop share, and keeps nothing else."""
+        ready, fresh = self._ready()
+        encoded = self._encoded(ready)
+        if self.task.starts_head and self.settings.train.head_start and not self.method.fuses:
+            self._start_head(ready, fresh, encoded)
+
+    def trainable(self) -> tuple[int, int]:
+        """Returns how many parameters the run would train, and how many the base has."""
+        from graftune.counting import summary
+
+        ready, _ = self._ready()
+        self._attach(ready, self._encoded(ready), None)
+        found = summary(ready.model)
+        return found.trainable, found.base
 
     def _earlier(self, run_dir: Path) -> RunResult | None:
         """Returns an earlier run's result, None if it isn't finished; refuses other settings."""
@@ -200,14 +218,9 @@ class TrainingRun:
 
     def _ready(self) -> tuple[Ready, tuple[str, ...]]:
         """Returns the base, ready to train, and the names of the tensors that are new in it."""
-        base = load_base(
-            self.settings.base,
-            self.task.model_task,
-            labels=(self.labels or None) if self.task.new_head else None,
-            dtype=precision(self.settings),
-            seed=self.settings.train.seed,
-            note=self._note,
-        )
+        labels = (self.labels or None) if self.task.new_head else None
+        dtype = precision(self.settings)
+        base = self.source.base(self.settings, self.task, labels, dtype, self._note)
         for note in self.task.prepare(base.tokenizer):
             self._note(note)
         limit = length_limit(self.settings, self.task, base.model, base.tokenizer)
@@ -232,9 +245,11 @@ class TrainingRun:
         splits = {split: encoded[split].features for split in encoded if split != "test"}
         members = self.method.fuses
         rest = dropping.schedule(self.settings.train.drop).rest
-        mean = using(ready.model, Average(*members), drop=rest) if members else nullcontext()
-        with mean:
-            is_started = start_head(ready, fresh, splits)
+        if members:
+            with using(ready.model, Average(*members), drop=rest):
+                is_started = start_head(ready, fresh, splits)
+        else:
+            is_started = self.source.start_head(self.settings, ready, fresh, splits)
         if not is_started:
             self._note("This model's head begins with random values: it isn't one new layer.")
 
@@ -244,7 +259,7 @@ class TrainingRun:
         report = self.data.report
         report.max_length = ready.max_length
         for split, examples in self.data.splits.items():
-            found[split] = self.task.encode(examples, ready)
+            found[split] = self.source.encoded(self.settings, self.task, split, examples, ready)
             lengths = np.array(found[split].lengths)
             middle, high, most = np.percentile(lengths, [50, 90, 100], method="nearest")
             report.lengths[split] = {"median": int(middle), "p90": int(high), "max": int(most)}
@@ -270,6 +285,7 @@ class TrainingRun:
             watcher=self.watcher,
             plan=self._announcement(ready, run_dir),
             resume=resume,
+            trunk=self.source.trunk(self.settings),
         )
 
     def _announcement(self, ready: Ready, run_dir: Path) -> dict[str, Any]:
