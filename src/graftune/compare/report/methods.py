@@ -88,9 +88,7 @@ def protocol(found: Comparison) -> str:
         if tried > 1
         else "Each method has its own learning rate; none was searched. "
     )
-    seeds = f"Seeds {', '.join(map(str, settings.seeds))}" if len(settings.seeds) > 1 else (
-        f"Seed {settings.seeds[0]}"
-    )  # fmt: skip
+    seeds = f"Seeds: {', '.join(map(str, settings.seeds))}"
     return (
         f"Budget: {settings.budget}. {chosen}{seeds}; what draws nothing has one run. "
         f"{found.rows:,} {found.split} rows, on which nothing was chosen. Intervals are Student's "
