@@ -38,7 +38,11 @@ def verdict(found: Comparison) -> str:
             f"{best.label} is best: {said(best, found.metric)}, before {second.label} with "
             f"{said(second, found.metric)}"
         )
-    others = [one for one in found.as_good if one != best.label]
+    others = [
+        f"{one.label} ({words.metric_value(found.metric, one.interval.mean)})"
+        for one in found.standings[1:]
+        if one.is_as_good
+    ]
     return (
         f"No single best: {best.label} comes to {said(best, found.metric)}, and "
         f"{_listed(others)} can't be told from it"
@@ -57,7 +61,7 @@ def said(standing: Standing, metric: str) -> str:
 
 
 def choice(found: Comparison) -> list[str]:
-    """Returns which of the methods that are as good as the best is cheapest, and in what."""
+    """Returns which of the methods that can't be told from the best is cheapest, and in what."""
     good = [found.member(label) for label in found.as_good]
     if len(good) < 2:
         return []
@@ -70,9 +74,11 @@ def choice(found: Comparison) -> list[str]:
     parts = [f"{label} takes {_listed(whats)}" for label, whats in cheapest.items()]
     if len(cheapest) == 1:
         label = next(iter(cheapest))
-        return [f"Of those as good as the best, choose {label}: it takes "
+        return [f"Of those that can't be told apart, choose {label}: it takes "
                 f"{_listed(cheapest[label])}."]  # fmt: skip
-    return [f"Of those as good as the best, {'; '.join(parts)}: choose by what you are short of."]
+    return [
+        f"Of those that can't be told apart, {'; '.join(parts)}: choose by what you are short of."
+    ]
 
 
 def limits(found: Comparison) -> list[str]:
