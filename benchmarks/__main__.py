@@ -24,6 +24,7 @@ NAMES = (
     "whole_job",
     "training_memory",
     "trunk_cache",
+    "compare_cost",
 )
 PAGE = ROOT / "docs" / "benchmarks.md"
 KEPT = ROOT / "benchmarks" / "results.json"

@@ -123,7 +123,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods on your rows: same budget, several seeds, one report.
+    """Compare methods on your rows, with one budget and several seeds.
 
     Each method gets the same number of trials of its learning rate, chosen on the validation rows,
     then a run for each seed, measured on the test rows. A best one is named only where the seeds
