@@ -25,6 +25,7 @@ NAMES = (
     "training_memory",
     "trunk_cache",
     "plan",
+    "compare_cost",
 )
 PAGE = ROOT / "docs" / "benchmarks.md"
 KEPT = ROOT / "benchmarks" / "results.json"

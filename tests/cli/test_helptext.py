@@ -4,8 +4,8 @@ import sys
 import pytest
 
 COMMANDS = [
-    *("demo", "data", "train", "evaluate", "predict", "inspect", "convert", "merge", "methods"),
-    *("intrinsic", "transfer"),
+    *("demo", "data", "plan", "train", "compare", "evaluate", "predict", "inspect", "convert"),
+    *("merge", "methods", "intrinsic", "transfer"),
 ]
 HEAVY = ["torch", "transformers", "datasets", "pydantic", "jinja2", "numpy", "rich", "yaml"]
 LIST_MODULES = """

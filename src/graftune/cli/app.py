@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from graftune.cli.compare import compare
 from graftune.cli.convert import convert
 from graftune.cli.data import data
 from graftune.cli.demo import demo
@@ -61,16 +62,6 @@ def _top(
 
 add(
     app,
-    demo,
-    data,
-    plan,
-    train,
-    evaluate,
-    predict,
-    inspect,
-    convert,
-    merge,
-    methods,
-    intrinsic,
-    transfer,
+    *(demo, data, plan, train, compare, evaluate, predict, inspect),
+    *(convert, merge, methods, intrinsic, transfer),
 )

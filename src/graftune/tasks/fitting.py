@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from graftune import processes
 from graftune.tasks.measured import Score
-from graftune.tasks.progress import Progress, history
+from graftune.tasks.progress import Progress, TimeLimit, history
 from graftune.tasks.result import Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Ready, Task
@@ -64,8 +64,11 @@ def fit(
     watcher: Watcher,
     plan: dict[str, Any],
     resume: bool,
+    trunk: Path | None = None,
 ) -> Fitted:
     """Trains what is attached to the model, and leaves the best or the last weights in it.
+
+    `trunk` is a folder for the trunk's states that stays; None for one that ends with the run.
 
     Raises:
         TrainingError: The loss is no longer finite, or a checkpoint doesn't fit the run.
@@ -84,7 +87,7 @@ def fit(
         preprocess_logits_for_metrics=_summaries(task),
         group_by_length=settings.train.group_by_length,
         head_lr=settings.train.head_lr,
-        trunk_cache=cached,
+        trunk_cache=(trunk or True) if cached else False,
         loss_chunk=settings.train.loss_chunk,
         offload_activations=settings.train.offload_activations,
         offload_optimizer=settings.train.offload_optimizer,
@@ -166,6 +169,8 @@ def _callbacks(
     from transformers import EarlyStoppingCallback
 
     callbacks: list[Any] = [Progress(watcher, run_dir / "metrics.jsonl", plan)]
+    if settings.train.seconds is not None:
+        callbacks.append(TimeLimit(settings.train.seconds))
     if settings.train.early_stop is not None:
         callbacks.append(EarlyStoppingCallback(settings.train.early_stop))
     return callbacks

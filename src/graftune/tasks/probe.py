@@ -18,7 +18,7 @@ from graftune.anatomy.packed import elements, stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import workspace
 from graftune.tasks.batches import batches_of_like_length
-from graftune.tasks.data import Loaded, load
+from graftune.tasks.data import Loaded
 from graftune.tasks.linear_head import best_head
 from graftune.tasks.metrics import confusion
 from graftune.tasks.models import load_base
@@ -27,11 +27,14 @@ from graftune.tasks.resolving import length_limit, precision
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Ready, Task, find_task
+from graftune.tasks.workshop import ALONE, Source
 
 _BATCH = 32
 
 
-def run_probe(settings: RunSettings, watcher: Watcher, overwrite: bool) -> RunResult:
+def run_probe(
+    settings: RunSettings, watcher: Watcher, overwrite: bool, source: Source = ALONE
+) -> RunResult:
     """Returns the result of a linear probe of the settings' base and data, which it writes."""
     began = time.monotonic()
     task = find_task(settings.task)
@@ -39,7 +42,7 @@ def run_probe(settings: RunSettings, watcher: Watcher, overwrite: bool) -> RunRe
         raise SettingsError(f"A linear probe needs labels; the task {task.name} has none.")
     settings = settings.replaced(name=settings.name or f"{settings.task}-probe")
     settings = settings.replaced(out=str(settings.run_dir))
-    data = load(settings.data, task)
+    data = source.data(settings, task)
     labels = task.labels(data.splits)
     with workspace.claimed(settings.run_dir, overwrite=overwrite):
         workspace.write_text(settings.run_dir / workspace.SETTINGS, settings.to_yaml())
@@ -69,11 +72,18 @@ def _probed(
     )
     limit = length_limit(settings, task, base.model, base.tokenizer)
     ready = Ready(base.model, base.tokenizer, labels, limit)
-    vectors = {split: sentence_vectors(task, ready, found) for split, found in data.splits.items()}
+    loaded = time.monotonic()
+    seen = {split: found for split, found in data.splits.items() if split != "test"}
+    vectors = {split: sentence_vectors(task, ready, found) for split, found in seen.items()}
     targets = _targets(data, labels)
     head = best_head(vectors, targets, len(labels), by="accuracy")
+    costs = {"start_seconds": time.monotonic() - loaded}
+    for split in data.splits.keys() - seen.keys():
+        vectors[split] = sentence_vectors(task, ready, data.splits[split])
     said = {split: head.logits(found).argmax(dim=-1).numpy() for split, found in vectors.items()}
     tables = {split: confusion(targets[split].numpy(), said[split], len(labels)) for split in said}
+    if "test" in said:
+        _write_answers(data.splits["test"], labels, said["test"].tolist(), settings)
     trained = head.weight.numel() + head.bias.numel()
     size = sum(elements(p) for p in base.model.parameters())
     return RunResult(
@@ -98,7 +108,18 @@ def _probed(
         run_dir=str(settings.run_dir),
         data=data.report.to_dict(),
         notes=list(data.report.notes),
+        costs=costs,
     )
+
+
+def _write_answers(
+    examples: Sequence[Any], labels: Sequence[str], said: Sequence[int], settings: RunSettings
+) -> None:
+    rows = [
+        {**example.fields, "label": labels[answer], "true": example.stratum}
+        for example, answer in zip(examples, said, strict=True)
+    ]
+    workspace.write_lines(settings.run_dir / workspace.PREDICTIONS, rows)
 
 
 def sentence_vectors(task: Task, ready: Ready, examples: Sequence[Any]) -> Tensor:

@@ -58,6 +58,29 @@ class Progress(TrainerCallback):
         }
 
 
+class TimeLimit(TrainerCallback):
+    """Ends training after so many seconds, once what is reached is measured and kept."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.began = seconds, time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Starts the clock."""
+        self.began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Asks for the end; what goes by epochs is measured there by itself."""
+        if time.monotonic() - self.began < self.seconds:
+            return
+        control.should_training_stop = True
+        control.should_evaluate |= args.eval_strategy == "steps"
+        control.should_save |= args.save_strategy == "steps"
+
+
 def history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the Trainer's log with our names: `lr`, and without timings and totals."""
     kept: list[dict[str, Any]] = []

@@ -99,6 +99,8 @@ class TrainSettings(_Section):
     """Passes over the training data. Default: 10; 3 for instructions and spans."""
     steps: Count | None = None
     """Optimiser steps, instead of `epochs`."""
+    seconds: Positive | None = None
+    """Wall time of training after which it ends with what is best so far."""
     batch_size: Count | None = None
     """Examples per step. Default: 8 for choices and instructions, else 16."""
     accumulation: Count = 1

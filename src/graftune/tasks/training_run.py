@@ -13,17 +13,17 @@ from graftune import processes
 from graftune.anatomy.packed import stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import beside, dropping, sparing, starting, workspace
-from graftune.tasks.data import Example, Loaded, load
+from graftune.tasks.data import Example, Loaded
 from graftune.tasks.fitting import Fitted, fit, total_steps
 from graftune.tasks.measured import Measured
-from graftune.tasks.models import load_base
 from graftune.tasks.predicting import answer, measure_logits
-from graftune.tasks.quantising import Quantising, keep_in
+from graftune.tasks.quantising import keep_in
 from graftune.tasks.resolving import length_limit, method_of, precision, resolved
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Encoded, Ready, Task, find_task
 from graftune.tasks.task_file import write_task
+from graftune.tasks.workshop import ALONE, Source
 
 if TYPE_CHECKING:
     from graftune.adapter import Adapter
@@ -46,11 +46,14 @@ class TrainingRun:
     labels: list[str]
     watcher: Watcher
     began: float
+    source: Source = ALONE
     notes: list[str] = field(default_factory=list[str])
     costs: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
-    def prepared(cls, settings: RunSettings, watcher: Watcher) -> TrainingRun:
+    def prepared(
+        cls, settings: RunSettings, watcher: Watcher, source: Source = ALONE
+    ) -> TrainingRun:
         """Returns a run, its settings resolved and its data read and checked.
 
         Raises:
@@ -61,7 +64,7 @@ class TrainingRun:
         task = find_task(settings.task, settings.task_options)
         method = method_of(settings.method)
         settings = resolved(settings, task, method)
-        data = load(settings.data, task)
+        data = source.data(settings, task)
         labels = task.labels(data.splits)
         if "validation" not in data.splits:
             settings = _without_validation(settings)
@@ -70,7 +73,7 @@ class TrainingRun:
         beside.check_names(settings, method)
         dropping.check(settings, method)
         sparing.check(settings, task)
-        run = cls(settings, task, method, data, labels, watcher, began)
+        run = cls(settings, task, method, data, labels, watcher, began, source)
         run.notes.extend(data.report.notes)
         if method.prunes and settings.train.select == "best":
             run.settings = settings.replaced(train={"select": "last"})
@@ -124,6 +127,22 @@ class TrainingRun:
             processes.wait()
             yield
             processes.wait()
+
+    def rehearse(self) -> None:
+        """Makes what runs of one workshop share, and keeps nothing else."""
+        ready, fresh = self._ready()
+        encoded = self._encoded(ready)
+        if self.task.starts_head and self.settings.train.head_start and not self.method.fuses:
+            self._start_head(ready, fresh, encoded)
+
+    def trainable(self) -> tuple[int, int]:
+        """Returns how many parameters the run would train, and how many the base has."""
+        from graftune.counting import summary
+
+        ready, _ = self._ready()
+        self._attach(ready, self._encoded(ready), None)
+        found = summary(ready.model)
+        return found.trainable, found.base
 
     def _earlier(self, run_dir: Path) -> RunResult | None:
         """Returns an earlier run's result, None if it isn't finished; refuses other settings."""
@@ -216,15 +235,9 @@ class TrainingRun:
 
     def _ready(self) -> tuple[Ready, tuple[str, ...]]:
         """Returns the base, ready to train, and the names of the tensors that are new in it."""
-        base = load_base(
-            self.settings.base,
-            self.task.model_task,
-            labels=(self.labels or None) if self.task.new_head else None,
-            dtype=precision(self.settings),
-            seed=self.settings.train.seed,
-            quantize=Quantising.asked(self.settings.train),
-            note=self._note,
-        )
+        labels = (self.labels or None) if self.task.new_head else None
+        dtype = precision(self.settings)
+        base = self.source.base(self.settings, self.task, labels, dtype, self._note)
         for note in self.task.prepare(base.tokenizer):
             self._note(note)
         limit = length_limit(self.settings, self.task, base.model, base.tokenizer)
@@ -249,9 +262,11 @@ class TrainingRun:
         splits = {split: encoded[split].features for split in encoded if split != "test"}
         members = self.method.fuses
         rest = dropping.schedule(self.settings.train.drop).rest
-        mean = using(ready.model, Average(*members), drop=rest) if members else nullcontext()
-        with mean:
-            is_started = start_head(ready, fresh, splits)
+        if members:
+            with using(ready.model, Average(*members), drop=rest):
+                is_started = start_head(ready, fresh, splits)
+        else:
+            is_started = self.source.start_head(self.settings, ready, fresh, splits)
         if not is_started:
             self._note("This model's head begins with random values: it isn't one new layer.")
 
@@ -259,7 +274,8 @@ class TrainingRun:
         """Returns all splits as tokens, their lengths in the data's report."""
         found: dict[str, Encoded] = {}
         for split, examples in self.data.splits.items():
-            one = found[split] = self.task.encode(examples, ready)
+            one = self.source.encoded(self.settings, self.task, split, examples, ready)
+            found[split] = one
             self.data.report.measure(split, one.lengths, ready.max_length, one.cut)
             for note in found[split].notes:
                 self._note(f"{split.capitalize()}: {note}")
@@ -281,6 +297,7 @@ class TrainingRun:
             watcher=self.watcher,
             plan=self._announcement(ready, run_dir),
             resume=resume,
+            trunk=self.source.trunk(self.settings),
         )
 
     def _announcement(self, ready: Ready, run_dir: Path) -> dict[str, Any]:

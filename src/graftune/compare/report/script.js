@@ -30,7 +30,7 @@
     });
   }
   const key = (row, index) => {
-    const text = row.cells[index].textContent.trim();
+    const text = row.cells[index].dataset.v ?? row.cells[index].textContent.trim();
     const value = parseFloat(text.replace(/,/g, ""));
     return Number.isNaN(value) ? text : value;
   };
