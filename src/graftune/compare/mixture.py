@@ -63,7 +63,8 @@ class Mixture:
             write_lines(place / "validation.jsonl", self.validation)
         columns = dict.fromkeys(self.settings.data.columns.model_dump())
         is_classified = self.settings.task == "classification"
-        options = {k: v for k, v in self.settings.task_options.items() if k != "words"}
+        own = () if is_classified else self.settings.task_options.items()
+        options = {key: value for key, value in own if key != "words"}
         data = self.settings.to_dict()["data"] | {
             "train": str(place),
             "validation": None,
