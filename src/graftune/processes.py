@@ -37,8 +37,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Disconnects the processes."""
+    """Disconnects the processes, once all have come so far."""
     if _connected():
+        wait()
         import torch.distributed as dist
 
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 COMMANDS = [
-    *("demo", "train", "evaluate", "predict", "inspect", "convert", "merge", "methods"),
+    *("demo", "plan", "train", "evaluate", "predict", "inspect", "convert", "merge", "methods"),
     *("intrinsic", "transfer"),
 ]
 HEAVY = ["torch", "transformers", "datasets", "pydantic", "jinja2", "numpy", "rich", "yaml"]
