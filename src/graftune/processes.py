@@ -45,8 +45,9 @@ def refuse_several(what: str) -> None:
 
 
 def stop() -> None:
-    """Disconnects the processes."""
+    """Disconnects the processes, once all have come so far."""
     if _connected():
+        wait()
         import torch.distributed as dist
 
         dist.destroy_process_group()

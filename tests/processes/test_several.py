@@ -26,7 +26,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [*(f"ddp:{name}" for name in DDP), "ddp:lst:cached", "ddp:lora:best"]
     jobs += [f"fsdp:{name}:own" for name in FSDP2] + [f"fsdp:{name}" for name in REFUSED]
     ended = torchrun(WORKER, str(folder), *jobs)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    check_done(folder, jobs[-1], ended)
     return folder
 
 
@@ -51,6 +51,15 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def told(folder: Path, job: str) -> list[dict[str, Any]]:
     """Returns what both processes said of a job."""
     return [json.loads((folder / f"{job}.{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def check_done(folder: Path, job: str, ended: Any) -> None:
+    """Checks that both processes came to the end of their last job.
+
+    How they exited then says nothing: gloo's threads sometimes abort a process that is done.
+    """
+    done = [(folder / f"{job}.{rank}.json").is_file() for rank in (0, 1)]
+    assert done == [True, True], ended.stderr[-3000:]
 
 
 def check_same(found: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -103,6 +112,7 @@ def test_a_run_goes_on_after_one_of_its_processes_was_killed(
     last = f"{how}-lora/checkpoint-{STEPS // 2}"
     assert (tmp_path / last / FILE).is_file()
     assert not list((tmp_path / f"{how}-lora").glob(".*.partial"))
-    ended = torchrun(WORKER, str(tmp_path), f"{how}:lora:from={last}")
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    job = f"{how}:lora:from={last}"
+    ended = torchrun(WORKER, str(tmp_path), job)
+    check_done(tmp_path, job.replace("/", "_"), ended)
     check_same(tmp_path / f"{how}-lora-resumed" / "adapter", one("lora")[0])

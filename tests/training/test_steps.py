@@ -151,7 +151,8 @@ def test_the_stock_trainer_adds_the_penalty_that_ours_adds(tmp_path: Path) -> No
             train_sampling_strategy="sequential",
         )
         values.append(adapter.grafts[0].delta.value.detach().clone())
-    torch.testing.assert_close(values[0], values[1])
+    # Beside a penalty of thousands the stock one's loss, twice ours where models count no items.
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
