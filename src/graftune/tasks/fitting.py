@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from graftune.tasks.measured import Score
+from graftune.tasks.measured import LOWER_IS_BETTER, Score
 from graftune.tasks.progress import Progress, history
 from graftune.tasks.result import Watcher
 from graftune.tasks.settings import RunSettings
@@ -123,7 +123,7 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "save_total_limit": train.keep,
         "load_best_model_at_end": train.select == "best",
         "metric_for_best_model": metric,
-        "greater_is_better": metric not in ("loss", "perplexity"),
+        "greater_is_better": metric not in LOWER_IS_BETTER,
         "bf16": train.precision == "bfloat16",
         "fp16": train.precision == "float16",
         "remove_unused_columns": False,

@@ -35,8 +35,9 @@ TASKS = {
     "feature": "AutoModel",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "regression": "AutoModelForSequenceClassification",
 }
-NEW_HEADS = ("classification", "token-classification", "question-answering")
+NEW_HEADS = ("classification", "token-classification", "question-answering", "regression")
 """The tasks whose head a pretrained base lacks, and which is made."""
 LABELLED = NEW_HEADS[:2]
 """Those of them whose head has an output for each label."""
@@ -79,8 +80,8 @@ def load_base(
     Args:
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
         task: "classification", "causal-lm", "seq2seq-lm", "lm" (whichever of the two language
-            models it is), "masked-lm", "feature" (no head), "token-classification" or
-            "question-answering".
+            models it is), "masked-lm", "feature" (no head), "token-classification",
+            "question-answering" or "regression" (one number).
         labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
             A trained head of another size is replaced by a new one.
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
@@ -162,6 +163,8 @@ def _config(source: Path | str, labels: Sequence[str] | None, task: str) -> PreT
         config.problem_type = "single_label_classification"
     elif task == "question-answering":
         config.num_labels = 2  # a start and an end
+    elif task == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
     return config
 
 
