@@ -121,6 +121,10 @@ def _show(rows: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
     if found and "entities" in found[0]:
         _show_entities(found)
         return
+    if found and "labels" in found[0]:
+        table = [[", ".join(one["labels"]) or "(none)", _text(one)] for one in found]
+        screen.print_table(["labels", "text"], table, numbers=9)
+        return
     if found and "value" in found[0]:
         screen.print_table(
             ["value", "text"], [[words.number(one["value"]), _text(one)] for one in found]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 def confusion(targets: Integers, predictions: Integers, classes: int) -> NDArray[np.int64]:
@@ -57,6 +58,30 @@ def matthews(counts: NDArray[np.int64]) -> float:
     covariance = np.trace(table) * total - true @ answered
     spread = (total**2 - true @ true) * (total**2 - answered @ answered)
     return _ratio(float(covariance), math.sqrt(float(spread)))
+
+
+def flag_counts(said: Flags, right: Flags) -> NDArray[np.int64]:
+    """Returns how often each label was answered rightly, answered, and true, `(labels, 3)`.
+
+    The flags are `(rows, labels)`.
+    """
+    return np.stack([(said & right).sum(axis=0), said.sum(axis=0), right.sum(axis=0)], axis=1)
+
+
+def flag_scores(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Returns `{precision, recall, f1, support}` of one row of `flag_counts`."""
+    right, answered, true = (float(count) for count in counts)
+    return {
+        "precision": _ratio(right, answered),
+        "recall": _ratio(right, true),
+        "f1": _ratio(2.0 * right, answered + true),
+        "support": true,
+    }
+
+
+def f1(counts: NDArray[np.int64]) -> float:
+    """Returns F1 of one row of `flag_counts` or of their sum, 0..1; 0 where nothing is right."""
+    return flag_scores(counts)["f1"]
 
 
 def pearson(said: Floats, right: Floats) -> float:

@@ -167,6 +167,7 @@ def predict(
         vote each label's share of it, and `members`, what each member said.
         Instructions: `{"messages", "answer"}`.
         Regression: `{"text", "value"}`.
+        Multilabel: `{"text", "labels": [labels], "probabilities": {label: p}}`.
         Labelling: `{"words", "tags", "entities": [{"type", "start", "end", "text", "score"}]}`.
         Spans: `{"question", "answer", "start", "end", "score", "best": [the same]}`.
 

@@ -51,7 +51,8 @@ class Columns(_Section):
     tags: str | None = None
     """Labelling: the words' tags, a list of the same length."""
     label: str | None = None
-    """Classification: the label's name or number. Choices: the right one, or its number from 0."""
+    """Classification: the label's name or number. Multilabel: a list of them. Choices: the right
+    one, or its number from 0."""
     choices: str | None = None
     """Choices: the answers to choose from, a list; without it, all labels of the training data."""
     instruction: str | None = None
@@ -198,8 +199,9 @@ class RunSettings(_Section):
     base: str
     """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
     task: str = "classification"
-    """`classification` (of texts or pairs), `regression` (numbers), `instruct`, `choices` (among
-    answers), `labelling` (of words), or `spans` (answers in passages)."""
+    """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
+    labels), `instruct`, `choices` (among answers), `labelling` (of words), or `spans` (answers in
+    passages)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

@@ -215,6 +215,7 @@ def tasks() -> dict[str, type[Task]]:
         "labelling",
         "spans",
         "regression",
+        "multilabel",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

@@ -11,6 +11,8 @@ from graftune.tasks.measured import LOWER_IS_BETTER as LOWER_IS_BETTER
 METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "subset_accuracy": "whole set right",
     "mcc": "Matthews correlation",
     "entity_f1": "entity F1",
     "entity_precision": "entity precision",
@@ -29,6 +31,7 @@ METRICS = {
 
 SHARES = frozenset(
     {
+        *("micro_f1", "subset_accuracy"),
         *("accuracy", "macro_f1", "token_accuracy", "exact_match", "house_style"),
         *("entity_f1", "entity_precision", "entity_recall", "f1"),
     }
@@ -36,7 +39,17 @@ SHARES = frozenset(
 """Metrics between 0 and 1 that read best as per cent."""
 
 MAIN_METRICS = (
-    *("accuracy", "house_style", "entity_f1", "f1", "pearson", "spearman", "rmse", "mae"),
+    *(
+        "accuracy",
+        "house_style",
+        "entity_f1",
+        "f1",
+        "micro_f1",
+        "pearson",
+        "spearman",
+        "rmse",
+        "mae",
+    ),
     *("token_accuracy", "perplexity", "loss"),
 )
 """The metric a run is judged by: the first of these that it has."""
