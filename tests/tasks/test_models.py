@@ -67,7 +67,7 @@ def tiny_llama(tmp_path: Path) -> Path:
         ({"labels": ["one"]}, "at least two"),
         ({"labels": "ab"}, "a list of at least two"),
         ({"labels": ["a", "b", "a"]}, r'names "a" more than once'),
-        ({"labels": ["a", "b"], "task": "causal-lm"}, 'belong to task "classification"'),
+        ({"labels": ["a", "b"], "task": "causal-lm"}, 'belong to the tasks "classification"'),
     ],
 )
 def test_wrong_setting_is_named_before_anything_is_read(settings: dict, sentence: str):

@@ -31,7 +31,7 @@ def load_base_of(folder: Path, base: str | None) -> Base:
     Raises:
         FormatError: The directory doesn't say its base, or is no adapter's.
     """
-    from graftune.tasks.models import LABELLED, load_base
+    from graftune.tasks.models import WITH_LABELS, load_base
     from graftune.tasks.quantising import Quantising
     from graftune.tasks.task import tasks
 
@@ -44,7 +44,7 @@ def load_base_of(folder: Path, base: str | None) -> Base:
         raise FormatError(f'"{folder}" names no base model; say which with --base.')
     own = tasks().get(str(ours.get("task")))
     task = own.model_task if own is not None else _TASKS.get(str(config.get("task_type")))
-    labels = (ours.get("labels") or _labels(folder)) if task in LABELLED else None
+    labels = (ours.get("labels") or _labels(folder)) if task in WITH_LABELS else None
     quantize = Quantising.told(ours)
     loaded = load_base(str(spec), task or "causal-lm", labels=labels, quantize=quantize)
     if ours.get("chat_template"):

@@ -121,9 +121,22 @@ def _show(rows: Sequence[Any], found: Sequence[dict[str, Any]]) -> None:
     if found and "entities" in found[0]:
         _show_entities(found)
         return
+    if found and "labels" in found[0]:
+        table = [[", ".join(one["labels"]) or "(none)", _text(one)] for one in found]
+        screen.print_table(["labels", "text"], table, numbers=9)
+        return
+    if found and "value" in found[0]:
+        screen.print_table(
+            ["value", "text"], [[words.number(one["value"]), _text(one)] for one in found]
+        )
+        return
     for row, one in zip(rows, found, strict=True):
         asked = one.get("question") or (row if isinstance(row, str) else words.plain(row))
         print(f"> {asked}\n{one['answer'] or '(no answer)'}\n")
+
+
+def _text(found: dict[str, Any]) -> str:
+    return " | ".join(found[role] for role in ("text", "text_pair") if role in found)
 
 
 def _show_entities(found: Sequence[dict[str, Any]]) -> None:

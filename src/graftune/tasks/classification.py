@@ -80,14 +80,9 @@ class Classification(Task):
 
     def columns(self, table: Table, named: Columns) -> dict[str, str]:
         """Returns the columns of text, text_pair (for pairs) and label."""
-        text, pair = named.text, named.text_pair
-        if text is None and pair is None:
-            text, pair = usual_pair(table)
-        text = find_column(table, "text", text, TEXTS)
-        pair = find_column(table, "text_pair", pair, (), required=False)
+        found = text_columns(table, named)
         label = find_column(table, "label", named.label, LABELS)
-        found = {"text": text, "text_pair": pair, "label": label}
-        return {role: column for role, column in found.items() if column is not None}
+        return {**found, "label": str(label)}
 
     def examples(self, table: Table, columns: Mapping[str, str]) -> list[Example]:
         """Returns each row's text(s) and label.
@@ -102,11 +97,7 @@ class Classification(Task):
         if isinstance(row, str):
             row = {"text": row}
         table = Table([dict(row)], where)
-        text, pair = usual_pair(table)
-        columns = {"text": find_column(table, "text", text, TEXTS) or "text"}
-        if pair is not None:
-            columns["text_pair"] = pair
-        fields = texts_of(row, columns, where)
+        fields = texts_of(row, text_columns(table, Columns()), where)
         return Example(fields, text_key(fields), "", where)
 
     def labels(self, splits: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -130,7 +121,7 @@ class Classification(Task):
     def encode(self, examples: Sequence[Example], ready: Ready) -> Encoded:
         """Returns each text as tokens, cut to the limit, with its label's number."""
         number = {label: index for index, label in enumerate(ready.labels)}
-        lengths, rows = _tokens(examples, ready)
+        lengths, rows = text_tokens(examples, ready)
         for row, example in zip(rows, examples, strict=True):
             if example.stratum:
                 row["labels"] = number[example.stratum]
@@ -155,17 +146,12 @@ class Classification(Task):
         """Returns each text with its likeliest label, that label's probability, and all of them."""
         import torch
 
-        from graftune.tasks.batches import batches_of_like_length
-
-        _, rows = _tokens(examples, ready)
-        answers: list[dict[str, Any]] = [{} for _ in rows]
-        for indices, batch in batches_of_like_length(rows, ready, batch_size):
-            with torch.inference_mode():
-                logits = ready.model(**batch).logits
-            chances = torch.softmax(logits.float(), dim=-1).tolist()
-            for index, row in zip(indices, chances, strict=True):
-                answers[index] = _answer(examples[index], row, ready.labels)
-        return answers
+        logits = logits_of(examples, ready, batch_size)
+        chances = torch.softmax(logits, dim=-1).tolist()
+        return [
+            _answer(example, row, ready.labels)
+            for example, row in zip(examples, chances, strict=True)
+        ]
 
 
 def class_names(splits: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -183,7 +169,19 @@ def class_names(splits: Mapping[str, Sequence[Example]]) -> list[str]:
                     f'{example.where}: the {split} label "{example.stratum}" never occurs in '
                     f"the training data.{nearest(example.stratum, found)}"
                 )
-    return sorted(found, key=_order)
+    return sorted(found, key=label_order)
+
+
+def text_columns(table: Table, named: Columns) -> dict[str, str]:
+    """Returns the column of the text, or those of a pair. Raises DataError where there is none."""
+    text, pair = named.text, named.text_pair
+    if text is None and pair is None:
+        text, pair = usual_pair(table)
+    found = {
+        "text": find_column(table, "text", text, TEXTS),
+        "text_pair": find_column(table, "text_pair", pair, (), required=False),
+    }
+    return {role: column for role, column in found.items() if column is not None}
 
 
 def usual_pair(table: Table) -> tuple[str | None, str | None]:
@@ -228,11 +226,14 @@ def text_key(fields: Mapping[str, str]) -> str:
     return "\x1f".join(normalised(fields[role]) for role in ("text", "text_pair") if role in fields)
 
 
-def _order(label: str) -> tuple[float, str]:
+def label_order(label: str) -> tuple[float, str]:
+    """Returns what labels are sorted by: numbers by size, names by alphabet."""
     return (float(label), "") if label.lstrip("-").isdecimal() else (float("inf"), label)
 
 
-def _tokens(examples: Sequence[Example], ready: Ready) -> tuple[list[int], list[dict[str, Any]]]:
+def text_tokens(
+    examples: Sequence[Example], ready: Ready
+) -> tuple[list[int], list[dict[str, Any]]]:
     """Returns each example's whole length in tokens, and its tokens cut to the limit."""
     texts = [example.fields["text"] for example in examples]
     paired = all("text_pair" in example.fields for example in examples)
@@ -245,11 +246,31 @@ def _tokens(examples: Sequence[Example], ready: Ready) -> tuple[list[int], list[
     return lengths, [{key: whole[key][index] for key in keys} for index in range(len(texts))]
 
 
+def logits_of(examples: Sequence[Example], ready: Ready, batch_size: int) -> Tensor:
+    """Returns the head's outputs for each text `(texts, outputs)`, in their order, as float32."""
+    import torch
+
+    from graftune.tasks.batches import batches_of_like_length
+
+    _, rows = text_tokens(examples, ready)
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for indices, batch in batches_of_like_length(rows, ready, batch_size):
+        with torch.inference_mode():
+            logits = ready.model(**batch).logits.float().cpu()
+        for index, row in zip(indices, logits, strict=True):
+            found[index] = row
+    return torch.stack(found)
+
+
+def texts_in(example: Example) -> dict[str, str]:
+    """Returns an example's text, or both of a pair, by role."""
+    return {role: example.fields[role] for role in ("text", "text_pair") if role in example.fields}
+
+
 def _answer(example: Example, chances: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
     best = max(range(len(chances)), key=chances.__getitem__)
-    texts = {role: example.fields[role] for role in ("text", "text_pair") if role in example.fields}
     return {
-        **texts,
+        **texts_in(example),
         "label": labels[best],
         "score": chances[best],
         "probabilities": dict(zip(labels, chances, strict=True)),

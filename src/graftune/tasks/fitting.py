@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from graftune import processes
-from graftune.tasks.measured import Score
+from graftune.tasks.measured import LOWER_IS_BETTER, Score
 from graftune.tasks.progress import Progress, TimeLimit, history
 from graftune.tasks.result import Watcher
 from graftune.tasks.settings import RunSettings
@@ -24,8 +24,6 @@ from graftune.training.trunk_cache import cut_of
 
 LOGGED_STEPS = 100
 """About how often in a run the loss is logged."""
-SMALLER_IS_BETTER = ("loss", "perplexity")
-"""Metrics of which less is better."""
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 Features = Sequence[dict[str, Any]]
@@ -137,7 +135,7 @@ def _arguments(settings: RunSettings, rows: int, validated: bool) -> dict[str, A
         "save_total_limit": train.keep,
         "load_best_model_at_end": train.select == "best",
         "metric_for_best_model": metric,
-        "greater_is_better": metric not in SMALLER_IS_BETTER,
+        "greater_is_better": metric not in LOWER_IS_BETTER,
         "bf16": train.precision == "bfloat16",
         "use_cpu": _is_told(train.precision),
         "fp16": train.precision == "float16",

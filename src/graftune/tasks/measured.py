@@ -11,6 +11,9 @@ import numpy as np
 from graftune.tasks import metrics
 from graftune.tasks.data import Example
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})
+"""The metrics of which less is better."""
+
 Score = Callable[[Any, Any], dict[str, float]]
 """Metrics of what was answered and what is right."""
 

@@ -1,4 +1,4 @@
-"""Metrics of the tasks, in plain numpy. Predictions and targets are integer class numbers.
+"""Metrics of the tasks, in plain numpy. Classes are integer numbers.
 
 Source: macro F1 and MCC as scikit-learn defines them (a class that occurs in neither is left out;
 a score whose denominator is 0 counts as 0), checked against it in the tests.
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.integer[Any]]
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 def confusion(targets: Integers, predictions: Integers, classes: int) -> NDArray[np.int64]:
@@ -56,6 +58,47 @@ def matthews(counts: NDArray[np.int64]) -> float:
     covariance = np.trace(table) * total - true @ answered
     spread = (total**2 - true @ true) * (total**2 - answered @ answered)
     return _ratio(float(covariance), math.sqrt(float(spread)))
+
+
+def flag_counts(said: Flags, right: Flags) -> NDArray[np.int64]:
+    """Returns how often each label was answered rightly, answered, and true, `(labels, 3)`.
+
+    The flags are `(rows, labels)`.
+    """
+    return np.stack([(said & right).sum(axis=0), said.sum(axis=0), right.sum(axis=0)], axis=1)
+
+
+def flag_scores(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Returns `{precision, recall, f1, support}` of one row of `flag_counts`."""
+    right, answered, true = (float(count) for count in counts)
+    return {
+        "precision": _ratio(right, answered),
+        "recall": _ratio(right, true),
+        "f1": _ratio(2.0 * right, answered + true),
+        "support": true,
+    }
+
+
+def f1(counts: NDArray[np.int64]) -> float:
+    """Returns F1 of one row of `flag_counts` or of their sum, 0..1; 0 where nothing is right."""
+    return flag_scores(counts)["f1"]
+
+
+def pearson(said: Floats, right: Floats) -> float:
+    """Returns Pearson's correlation, −1..1; 0 where one side is the same everywhere."""
+    a, b = said - said.mean(), right - right.mean()
+    return _ratio(float(a @ b), math.sqrt(float(a @ a) * float(b @ b)))
+
+
+def spearman(said: Floats, right: Floats) -> float:
+    """Returns Spearman's rank correlation, −1..1; equal values share the mean of their ranks."""
+    return pearson(_ranks(said), _ranks(right))
+
+
+def _ranks(values: Floats) -> Floats:
+    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[where.reshape(-1)]
 
 
 def perplexity(negative_log_likelihood: float, tokens: float) -> float:

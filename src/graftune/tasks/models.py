@@ -36,10 +36,16 @@ TASKS = {
     "feature": "AutoModel",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "regression": "AutoModelForSequenceClassification",
+    "multilabel": "AutoModelForSequenceClassification",
 }
-NEW_HEADS = ("classification", "token-classification", "question-answering")
+NEW_HEADS = (
+    *("classification", "token-classification", "question-answering", "regression", "multilabel"),
+)
 """The tasks whose head a pretrained base lacks, and which is made."""
 LABELLED = NEW_HEADS[:2]
+"""Those of them whose head chooses one of several labels."""
+WITH_LABELS = (*LABELLED, "multilabel")
 """Those of them whose head has an output for each label."""
 LANGUAGE_MODEL = "lm"
 """The task of a causal or an encoder-decoder language model, whichever a base is."""
@@ -83,8 +89,8 @@ def load_base(
     Args:
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
         task: "classification", "causal-lm", "seq2seq-lm", "lm" (whichever of the two language
-            models it is), "masked-lm", "feature" (no head), "token-classification" or
-            "question-answering".
+            models it is), "masked-lm", "feature" (no head), "token-classification",
+            "question-answering", "regression" (one number) or "multilabel".
         labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
             A trained head of another size is replaced by a new one.
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
@@ -177,10 +183,8 @@ def _check_settings(task: str, labels: Sequence[str] | None, dtype: str, attn: s
             )
     if labels is None:
         return
-    if task not in LABELLED:
-        raise SettingsError(
-            f'labels belong to task "classification" or "token-classification", not to "{task}"'
-        )
+    if task not in WITH_LABELS:
+        raise SettingsError(f'labels belong to the tasks {listed(WITH_LABELS)}, not to "{task}"')
     if isinstance(labels, str) or len(labels) < 2:
         raise SettingsError(f"labels = {labels!r}: a classifier needs a list of at least two")
     if twice := sorted({label for label in labels if list(labels).count(label) > 1}):
@@ -195,9 +199,14 @@ def _config(source: Path | str, labels: Sequence[str] | None, task: str) -> PreT
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-        config.problem_type = "single_label_classification"
+        is_set = task == "multilabel"
+        config.problem_type = (
+            "multi_label_classification" if is_set else "single_label_classification"
+        )
     elif task == "question-answering":
         config.num_labels = 2  # a start and an end
+    elif task == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
     return config
 
 

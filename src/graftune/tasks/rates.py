@@ -76,7 +76,8 @@ def search_rate(
         DataError: The data can't be trained on.
         TrainingError: With no rate the loss stays finite.
     """
-    from graftune.tasks.fitting import SMALLER_IS_BETTER, total_steps
+    from graftune.tasks.fitting import total_steps
+    from graftune.tasks.measured import LOWER_IS_BETTER
     from graftune.tasks.in_context import is_in_context
     from graftune.tasks.resolving import method_of
     from graftune.tasks.training_run import TrainingRun
@@ -97,7 +98,7 @@ def search_rate(
         tried[rate] = _tried(settings, rate, steps, metric)
         found = "not finite" if tried[rate] is None else f"{metric} {tried[rate]:.4g}"
         watch.on_note(f"Learning rate {rate:g}: {found} after {steps} steps.")
-    sign = 1 if metric in SMALLER_IS_BETTER else -1
+    sign = 1 if metric in LOWER_IS_BETTER else -1
     finite = {rate: value for rate, value in tried.items() if value is not None}
     if not finite:
         raise TrainingError(

@@ -166,6 +166,8 @@ def predict(
         Classification, choices: `{"text", "label", "score", "probabilities": {label: p}}`, of a
         vote each label's share of it, and `members`, what each member said.
         Instructions: `{"messages", "answer"}`.
+        Regression: `{"text", "value"}`.
+        Multilabel: `{"text", "labels": [labels], "probabilities": {label: p}}`.
         Labelling: `{"words", "tags", "entities": [{"type", "start", "end", "text", "score"}]}`.
         Spans: `{"question", "answer", "start", "end", "score", "best": [the same]}`.
 

@@ -41,15 +41,18 @@ class Columns(_Section):
     """Which column of the data holds what; the usual names are found by themselves."""
 
     text: str | None = None
-    """Classification and choices: the text, or the first of a pair."""
+    """Classification, regression and choices: the text, or the first of a pair."""
     text_pair: str | None = None
-    """Classification and choices, of pairs: the second text."""
+    """Classification, regression and choices, of pairs: the second text."""
+    value: str | None = None
+    """Regression: the number to learn."""
     words: str | None = None
     """Labelling: the words, a list."""
     tags: str | None = None
     """Labelling: the words' tags, a list of the same length."""
     label: str | None = None
-    """Classification: the label's name or number. Choices: the right one, or its number from 0."""
+    """Classification: the label's name or number. Multilabel: a list of them. Choices: the right
+    one, or its number from 0."""
     choices: str | None = None
     """Choices: the answers to choose from, a list; without it, all labels of the training data."""
     instruction: str | None = None
@@ -224,8 +227,9 @@ class RunSettings(_Section):
     base: str
     """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
     task: str = "classification"
-    """`classification` (of texts or pairs), `instruct`, `choices` (among answers), `labelling`
-    (of words), or `spans` (answers in passages)."""
+    """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
+    labels), `instruct`, `choices` (among answers), `labelling` (of words), or `spans` (answers in
+    passages)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

@@ -214,6 +214,8 @@ def tasks() -> dict[str, type[Task]]:
         "multitask",
         "labelling",
         "spans",
+        "regression",
+        "multilabel",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

@@ -6,15 +6,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from graftune.tasks.measured import LOWER_IS_BETTER as LOWER_IS_BETTER
+
 METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "subset_accuracy": "whole set right",
     "mcc": "Matthews correlation",
     "entity_f1": "entity F1",
     "entity_precision": "entity precision",
     "entity_recall": "entity recall",
     "exact_match": "exact match",
     "f1": "F1",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "rmse": "root mean squared error",
+    "mae": "mean absolute error",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
     "loss": "loss",
@@ -23,16 +31,26 @@ METRICS = {
 
 SHARES = frozenset(
     {
+        *("micro_f1", "subset_accuracy"),
         *("accuracy", "macro_f1", "token_accuracy", "exact_match", "house_style"),
         *("entity_f1", "entity_precision", "entity_recall", "f1"),
     }
 )
 """Metrics between 0 and 1 that read best as per cent."""
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-
 MAIN_METRICS = (
-    *("accuracy", "house_style", "entity_f1", "f1", "token_accuracy", "perplexity", "loss"),
+    *(
+        "accuracy",
+        "house_style",
+        "entity_f1",
+        "f1",
+        "micro_f1",
+        "pearson",
+        "spearman",
+        "rmse",
+        "mae",
+    ),
+    *("token_accuracy", "perplexity", "loss"),
 )
 """The metric a run is judged by: the first of these that it has."""
 
