@@ -77,8 +77,8 @@ def search_rate(
         TrainingError: With no rate the loss stays finite.
     """
     from graftune.tasks.fitting import total_steps
-    from graftune.tasks.measured import LOWER_IS_BETTER
     from graftune.tasks.in_context import is_in_context
+    from graftune.tasks.measured import LOWER_IS_BETTER
     from graftune.tasks.resolving import method_of
     from graftune.tasks.training_run import TrainingRun
 
