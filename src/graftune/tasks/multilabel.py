@@ -168,6 +168,15 @@ class Multilabel(Classification):
                 row["labels"] = _flags(example.fields["labels"], ready.labels)
         return Encoded(rows, lengths, cut_note(lengths, ready.max_length))
 
+    @property
+    def has_own_forward(self) -> bool:
+        """See `Task.has_own_forward`: the loss is the model's."""
+        return False
+
+    def forward(self, model: Any, batch: dict[str, Any]) -> Mapping[str, Any]:
+        """See `Task.forward`."""
+        return model(**batch)
+
     def summarise(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns whether each label is answered, `(batch, labels)`."""
         return logits.float().sigmoid() > self._options.threshold
