@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftune.anatomy import Anatomy, anatomy
 from graftune.anatomy.modules import is_in
+from graftune.anatomy.packed import elements
 from graftune.composition import members_of
 from graftune.errors import AdapterError, FormatError, SettingsError, TrainingError
 from graftune.methods.base import Method
@@ -145,7 +146,7 @@ class Adapter:
 
     def count(self) -> int:
         """Returns the number of trained parameters, its head's included."""
-        return sum(tensor.numel() for tensor in self.parameters())
+        return sum(elements(tensor) for tensor in self.parameters())
 
     def begin(self, total_steps: int) -> None:
         """Tells how many optimizer steps a training loop of one's own will take.

@@ -69,7 +69,7 @@ def summary(model: nn.Module) -> Summary:
     own = {id(t) for a in attached.values() for g in a.grafts for _, t in g.tensors()}
     base = sum(elements(p) for p in model.parameters() if id(p) not in own)
     sites = tuple(site for adapter in attached.values() for site in _sites(model, adapter))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
     share = trainable / base if base else 0.0
     changed = sum(site.changed for site in sites)
     return Summary(trainable, changed, base, share, sum(s.bytes for s in sites), sites)
@@ -78,7 +78,7 @@ def summary(model: nn.Module) -> Summary:
 def _sites(model: nn.Module, adapter: Adapter) -> list[SiteCount]:
     if adapter.method.trains_in_place:
         return [
-            SiteCount(adapter.name, name, "base", p.numel(), p.numel(), None, p.nbytes)
+            SiteCount(adapter.name, name, "base", elements(p), elements(p), None, p.nbytes)
             for name, p in model.named_parameters()
         ]
     seen: set[int] = set()
@@ -89,7 +89,7 @@ def _count(model: nn.Module, adapter: Adapter, graft: Graft, seen: set[int]) -> 
     """Returns a place's counts; what several have in common counts at the first."""
     tensors = [tensor for _, tensor in graft.tensors() if id(tensor) not in seen]
     seen |= {id(tensor) for tensor in tensors}
-    trained = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+    trained = sum(elements(t) for t in tensors if isinstance(t, nn.Parameter))
     in_head = graft.place.module.startswith(adapter.head_names) if adapter.head_names else False
     host = model.get_submodule(graft.place.module)
     changed = 0 if graft.delta.follows else graft.delta.changes(graft.place.size(host))

@@ -32,6 +32,15 @@ FSDP2 = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "reshard_after_forward": True},
 }
+ZERO3 = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+}
+SHARDED: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": FSDP2, "zero3": ZERO3}
 
 
 def trainer(method: str, folder: Path, how: str = "ddp", **settings: Any) -> Trainer:
@@ -50,7 +59,7 @@ def trainer(method: str, folder: Path, how: str = "ddp", **settings: Any) -> Tra
         "use_cpu": True,
         # Adam turns a gradient's rounding into a step of its own size, unless epsilon is above it.
         "adam_epsilon": 1e-4,
-        **(FSDP2 if how == "fsdp" else {}),
+        **SHARDED[how],
         **settings,
     }
     rows = examples(3 * TOGETHER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tests.processes.runs import METHODS, STEPS, torchrun, trainer
 WORKER = "tests.processes.worker"
 DDP = tuple(name for name in METHODS if name != "full")
 FSDP2 = ("lora", "houlsby", "prompt", "bitfit", "lst", "full")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+ZERO3 = FSDP2 if HAS_DEEPSPEED else ()
 REFUSED = {"adalora": "train it with DDP", "prefix": "replaces its tensors when training ends"}
 FILE = "adapter_model.safetensors"
 
@@ -26,6 +29,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [*(f"ddp:{name}" for name in DDP), "ddp:lst:cached", "ddp:lora:best"]
     jobs += [f"fsdp:{name}:own" for name in FSDP2] + [f"fsdp:{name}" for name in REFUSED]
     ended = torchrun(WORKER, str(folder), *jobs)
+    check_done(folder, jobs[-1], ended)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of what two processes trained under ZeRO-3, which DeepSpeed does."""
+    folder = tmp_path_factory.mktemp("zero3")
+    jobs = [*(f"zero3:{name}:own" for name in ZERO3), *(f"zero3:{name}" for name in REFUSED)]
+    jobs += ["zero3:lora:best"]
+    ended = torchrun(WORKER, str(folder), *jobs, DS_ACCELERATOR="cpu")
     check_done(folder, jobs[-1], ended)
     return folder
 
@@ -92,6 +106,31 @@ def test_what_cannot_be_sharded_says_so_in_every_process(method: str, two: Path)
     assert all(REFUSED[method] in said["error"] for said in told(two, f"fsdp:{method}"))
 
 
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
+@pytest.mark.parametrize("method", ZERO3)
+def test_zero3_trains_and_saves_what_one_process_does(method: str, zero3: Path, one: Any) -> None:
+    expected, loss = one(method)
+    check_same(zero3 / f"zero3-{method}" / "adapter", expected)
+    check_same(zero3 / f"zero3-{method}" / "saved", expected)
+    for said in told(zero3, f"zero3:{method}:own"):
+        assert said["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
+def test_zero3_refuses_what_it_cannot_shard_and_reads_the_best(zero3: Path, one: Any) -> None:
+    for method, why in REFUSED.items():
+        assert all(why in said["error"] for said in told(zero3, f"zero3:{method}"))
+    check_same(zero3 / "zero3-lora-best" / "adapter", one("lora")[0])
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
+def test_zero3_refuses_to_resume_with_another_number_of_processes(zero3: Path) -> None:
+    job = f"zero3:lora:from=zero3-lora/checkpoint-{STEPS // 2}"
+    torchrun(WORKER, str(zero3), job, processes=1, DS_ACCELERATOR="cpu")
+    said = json.loads((zero3 / f"{job.replace('/', '_')}.0.json").read_text())
+    assert "cut into 2 parts, and there are 1 processes: resume with 2" in said["error"]
+
+
 def test_every_process_reads_the_best_checkpoint(two: Path, one: Any) -> None:
     expected, loss = one("lora")  # the last weights are the best
     check_same(two / "ddp-lora-best" / "adapter", expected)
@@ -103,7 +142,14 @@ def test_processes_keep_what_the_trunk_computes(two: Path, one: Any) -> None:
     assert all("from the trunk cache" in said["trunk"] for said in told(two, "ddp:lst:cached"))
 
 
-@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "ddp",
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs it")),
+    ],
+)
 def test_a_run_goes_on_after_one_of_its_processes_was_killed(
     how: str, tmp_path: Path, one: Any
 ) -> None:

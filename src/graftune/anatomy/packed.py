@@ -33,9 +33,14 @@ def form_of(tensors: Iterable[Tensor]) -> str | None:
 
 
 def elements(tensor: Tensor) -> int:
-    """Returns how many numbers a tensor stands for: two a byte, where it is packed so."""
+    """Returns how many numbers a tensor stands for: two a byte, where it is packed so.
+
+    Of a parameter that ZeRO-3 shards, which is empty between steps, it is those of all processes.
+    """
     state = getattr(tensor, "quant_state", None)
-    return tensor.numel() if state is None else prod(state.shape)
+    if state is not None:
+        return prod(state.shape)
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
 def stored_bytes(model: nn.Module) -> int:

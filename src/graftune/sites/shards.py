@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 Slot = tuple[nn.Module, str]
 """Where a parameter lies: its module and its name there."""
+_open: set[int] = set()
+"""Ids of ZeRO-3's parameters that an outer block gathered: whole, and not to be gathered twice."""
 
 
 def slots(modules: Iterable[nn.Module]) -> list[Slot]:
@@ -90,13 +92,21 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 
 def _is_partitioned(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id")
+    return hasattr(tensor, "ds_id") and id(tensor) not in _open
 
 
-def _zero_gathered(found: list[nn.Parameter], *, write: bool) -> Any:
+@contextlib.contextmanager
+def _zero_gathered(found: list[nn.Parameter], *, write: bool) -> Iterator[None]:
     if not found:
-        return contextlib.nullcontext()
+        yield
+        return
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     zero: Any = deepspeed.zero
-    return zero.GatheredParameters(found, modifier_rank=0 if write else None)
+    own = {id(parameter) for parameter in found}
+    with zero.GatheredParameters(found, modifier_rank=0 if write else None):
+        _open.update(own)
+        try:
+            yield
+        finally:
+            _open.difference_update(own)

@@ -127,6 +127,28 @@ def load_optimizer(trainer: Any, folder: Path) -> None:
     trainer.lr_scheduler.load_state_dict(scheduler)
 
 
+def save_zero(trainer: Any, folder: Path) -> None:
+    """Writes the parts of ZeRO-3's optimizer state, without the frozen base; all call it."""
+    trainer.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+    if trainer.args.should_save:
+        torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER)
+
+
+def load_zero(trainer: Any, folder: Path) -> None:
+    """Puts back what `save_zero` wrote, in as many processes.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if not any(folder.glob("global_step*")):
+        raise TrainingError(
+            f'"{folder}" has no state of ZeRO-3\'s optimizer: it was written without DeepSpeed. '
+            "Resume it as it began, or gt.load its adapter and train anew."
+        )
+    trainer.model_wrapped.load_checkpoint(str(folder), load_module_strict=False)
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+
+
 def check_processes(kind: str | None, then: Any, now: int, folder: Path) -> None:
     """Checks that a checkpoint's optimizer state can be read by so many processes.
 

@@ -382,9 +382,24 @@ class TrainerMixin(_Base):
             self._save(output_dir)
         self.accelerator.wait_for_everyone()
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if self.sharded_by != "ZeRO-3" or not self.training_adapters():
+            return super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            sharding.load_zero(self, Path(resume_from_checkpoint))
+        return found
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharded_by == "FSDP2" and self.training_adapters():
             sharding.save_optimizer(self, Path(output_dir))
+        elif self.sharded_by == "ZeRO-3" and self.training_adapters():
+            sharding.save_zero(self, Path(output_dir))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
