@@ -42,6 +42,20 @@ def test_a_split_batch_comes_before_checkpointing_and_both_before_rounding() -> 
     assert harder.plan.settings.batch_size * harder.plan.settings.accumulation == 8
 
 
+def test_logits_in_pieces_come_before_activations_computed_twice() -> None:
+    wide = {"model_type": "llama", "vocab_size": 20_000, "hidden_size": 64, "num_hidden_layers": 1}
+    wide |= {
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    asked = {"batch_size": 8, "length": 512}
+    whole = gt.plan(wide, gt.LoRA(), **asked)
+    found = gt.fit(wide, gt.LoRA(), whole.peak_bytes // 6, **asked)
+    assert found.changes == ("loss_chunk=512",)
+    assert train_settings(found.plan.settings)["loss_chunk"] == 512
+
+
 def test_rounding_comes_when_nothing_else_is_left() -> None:
     least = peak(batch_size=1, accumulation=8, gradient_checkpointing=True)
     found = gt.fit(BERT, gt.LoRA(), least - 2**21, **ASKED)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graftune as gt
-from graftune.errors import FormatError, SettingsError
+from graftune.errors import FormatError, SettingsError, TrainingError
 from graftune.methods.base import Method
 from graftune.planning import PlanSettings, optimizers, steps
 from graftune.planning.batches import batch_of
@@ -40,7 +40,8 @@ def real_rise(config: Any, method: Method, **settings: Any) -> int:
         batch = batch_of(base, model, chosen)
         if chosen.gradient_checkpointing:
             steps.checkpoint(model)
-        loss = steps.loss_of(model, batch, chosen, "cpu") + adapter.penalty()
+        with steps.chunked(model, chosen):
+            loss = steps.loss_of(model, batch, chosen, "cpu") + adapter.penalty()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -54,6 +55,7 @@ CASES = {
     "bert adalora": (BERT, gt.AdaLoRA(), {}),
     "llama houlsby bf16": (LLAMA, gt.HoulsbyAdapter(), {"precision": "bfloat16"}),
     "llama lora checkpointed": (LLAMA, gt.LoRA(), {"gradient_checkpointing": True}),
+    "llama loss in pieces": (LLAMA, gt.LoRA(), {"loss_chunk": 16}),
     "llama prefix": (LLAMA, gt.PrefixTuning(length=5), {}),
     "t5 ladder": (T5, gt.LadderSideTuning(reduction=4), {}),
     "vit bitfit sgd": (VIT, gt.BitFit(), {"optimizer": "sgd"}),
@@ -93,6 +95,19 @@ def test_eight_bit_states_are_a_quarter_and_paged_ones_the_hosts() -> None:
     assert narrow.parts["optimizer"] == pytest.approx(wide.parts["optimizer"] / 4, rel=0.05)
     assert paged.parts["optimizer"] == 0
     assert paged.host_parts["optimizer"] == narrow.parts["optimizer"]
+
+
+def test_logits_in_pieces_leave_those_of_one_piece() -> None:
+    whole = gt.plan(LLAMA, gt.LoRA(), **SMALL)
+    pieces = gt.plan(LLAMA, gt.LoRA(), loss_chunk=16, **SMALL)
+    assert pieces.parts["logits"] < 0.5 * whole.parts["logits"]
+    with pytest.raises(TrainingError, match="has no head of the vocabulary"):
+        gt.plan(BERT, gt.LoRA(), loss_chunk=16, **SMALL)
+
+
+def test_fp4_packs_as_nf4_does() -> None:
+    packed = [gt.plan(LLAMA, gt.LoRA(), quantize=kind, **SMALL) for kind in ("nf4", "fp4")]
+    assert packed[0].parts["weights"] == packed[1].parts["weights"]
 
 
 def test_nf4_keeps_about_half_a_byte_of_each_value_of_the_blocks() -> None:

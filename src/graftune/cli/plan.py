@@ -68,11 +68,17 @@ def plan(
         typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=_TRAINING),
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="int8 or nf4.", rich_help_panel=_TRAINING)
+        str | None, typer.Option(help="int8, nf4 or fp4.", rich_help_panel=_TRAINING)
     ] = None,
     double_quant: Annotated[
         bool | None,
-        typer.Option("--double-quant", help="nf4's scales too.", rich_help_panel=_TRAINING),
+        typer.Option(
+            "--double-quant", help="Scales too, of nf4 or fp4.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    loss_chunk: Annotated[
+        int | None,
+        typer.Option(help="Tokens of logits computed at once.", rich_help_panel=_TRAINING),
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -138,6 +144,7 @@ def plan(
         "image_size": image_size, "labels": labels, "precision": precision, "quantize": quantize,
         "double_quant": double_quant, "optimizer": optimizer, "accumulation": accumulation,
         "gradient_checkpointing": gradient_checkpointing, "offload": offload, "device": device,
+        "loss_chunk": loss_chunk,
     }  # fmt: skip
     flags = {"base": base, "task": task, "method": method, "data": data}
     answer = ask(config, flags, change or [], given, budget=fit, out=out)
@@ -216,6 +223,7 @@ def _settings(plan: Plan) -> str:
     if chosen.quantize:
         said.append(f"{chosen.quantize} twice" if chosen.double_quant else chosen.quantize)
     said += ["gradient checkpointing"] * chosen.gradient_checkpointing
+    said += [f"logits of {chosen.loss_chunk} tokens at once"] * bool(chosen.loss_chunk)
     return ", ".join([*said, *(f"{word} on the host" for word in chosen.offload)])
 
 

@@ -37,6 +37,7 @@ TRAIN_KEYS = {
     "gradient_checkpointing": "gradient_checkpointing",
     "quantize": "quantize",
     "double_quant": "double_quant",
+    "loss_chunk": "loss_chunk",
 }
 """A plan's settings and the keys of `train` in a settings file that say the same.
 
@@ -44,6 +45,8 @@ Only keys that `graftune train` has are proposed.
 """
 OFFLOAD_KEYS = {"optimizer": "offload_optimizer", "activations": "offload_activations"}
 """What is offloaded, and the keys of `train` that say so."""
+CHUNK = 512
+"""Tokens of which logits and loss are computed at once, where that is proposed."""
 LOSSY: tuple[dict[str, Any], ...] = (
     {"precision": "bfloat16"},
     {"optimizer": {"cuda": "adamw_8bit", "cpu": "adafactor"}},
@@ -178,10 +181,13 @@ class _Search:
         """Yields settings of the same gradient, fastest first, the smallest last."""
         parts = [n for n in range(1, level.batch_size + 1) if level.batch_size % n == 0]
         twice = can_checkpoint(self.base)
-        yield from (_split(level, n) for n in parts if n <= SPLITS or not twice)
+        ways = [level]
+        if self.base.task == "causal-lm" and level.loss_chunk is None:
+            ways.append(dataclasses.replace(level, loss_chunk=CHUNK))
+        yield from (_split(way, n) for way in ways for n in parts if n <= SPLITS or not twice)
         if twice:
-            checkpointed = dataclasses.replace(level, gradient_checkpointing=True)
-            yield from (_split(checkpointed, n) for n in parts)
+            again = [dataclasses.replace(way, gradient_checkpointing=True) for way in ways]
+            yield from (_split(way, n) for way in again for n in parts)
 
 
 def _split(settings: PlanSettings, parts: int) -> PlanSettings:

@@ -133,7 +133,8 @@ def _steps(base: Base, model: Any, adapter: Adapter, settings: PlanSettings) -> 
 
 
 def _pass(model: Any, adapter: Adapter, batch: Any, settings: PlanSettings) -> None:
-    loss = steps.loss_of(model, batch, settings, settings.device) + adapter.penalty()
+    with steps.chunked(model, settings):
+        loss = steps.loss_of(model, batch, settings, settings.device) + adapter.penalty()
     loss.backward()
 
 

@@ -18,7 +18,7 @@ BLOCK, SUPERBLOCK = 64, 256
 def packed_bytes(rows: int, columns: int, settings: PlanSettings) -> int:
     """Returns the bytes of a quantised weight with its scales.
 
-    int8: a byte each and a float32 scale for each row. nf4: half a byte each and a float32 scale
+    int8: a byte each and a float32 scale for each row. nf4, fp4: half a byte each and a float32 scale
     for every 64; quantised twice, a byte for every 64 and a float32 for every 256 of those.
     """
     count = rows * columns

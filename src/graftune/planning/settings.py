@@ -8,7 +8,7 @@ from typing import Any
 from graftune.errors import SettingsError, nearest
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-QUANTISERS = ("int8", "nf4")
+QUANTISERS = ("int8", "nf4", "fp4")
 DEVICES = ("cpu", "cuda")
 OFFLOADS = ("optimizer", "activations", "parameters")
 
@@ -34,15 +34,17 @@ class PlanSettings:
     precision: str = "float32"
     """Type of the base's weights: float32, bfloat16 or float16. Adapters train in float32."""
     quantize: str | None = None
-    """How the base's linears are kept: None, int8 or nf4."""
+    """How the base's linears are kept: None, int8, nf4 or fp4."""
     double_quant: bool = False
-    """Whether nf4's scales are quantised too."""
+    """Whether the scales of nf4 or fp4 are quantised too."""
     optimizer: str = "adamw_torch_fused"
     """Optimizer by transformers' name."""
     accumulation: int = 1
     """Batches whose gradients are summed to one step."""
     gradient_checkpointing: bool = False
     """Whether activations are computed twice to keep fewer of them."""
+    loss_chunk: int | None = None
+    """Tokens of which a language model's logits and loss are computed at once; None: all."""
     offload: tuple[str, ...] = ()
     """What lies in the host's memory: optimizer, activations, parameters."""
     max_grad_norm: float = 1.0
@@ -54,15 +56,16 @@ class PlanSettings:
         object.__setattr__(self, "offload", _words(self.offload))
         for name in ("batch_size", "length", "target_length", "labels", "accumulation"):
             _check_count(name, getattr(self, name))
-        if self.image_size is not None:
-            _check_count("image_size", self.image_size)
+        for name in ("image_size", "loss_chunk"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("device", self.device, DEVICES)
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTISERS)
-        if self.double_quant and self.quantize != "nf4":
+        if self.double_quant and self.quantize not in ("nf4", "fp4"):
             raise SettingsError(
-                f'double_quant is for quantize="nf4", found quantize={self.quantize!r}.'
+                f'double_quant is for quantize="nf4" or "fp4", found quantize={self.quantize!r}.'
             )
         for word in self.offload:
             _check_choice("offload", word, OFFLOADS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,13 @@ def _config(model: Any) -> tuple[PreTrainedConfig, str]:
     if found is None:
         from graftune.tasks.base_specs import locate
 
-        found = base_config(str(locate(spec, print)))
+        found = base_config(str(locate(spec, _note)))
     assert found is not None
     return found, spec
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)  # standard output is for the plan
 
 
 def _read(file: Path) -> dict[str, Any]:

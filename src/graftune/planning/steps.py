@@ -20,6 +20,7 @@ from graftune.planning.settings import PlanSettings
 from graftune.planning.skeletons import Base, attached, make_fake, meta_model
 from graftune.planning.tracking import ADAPTER, BATCH, GRADIENTS, WEIGHTS, Ledger
 from graftune.tasks.gguf_models import quiet
+from graftune.training.chunked_loss import chunked_loss
 
 GRAINS = {"cpu": 64, "cuda": 512}
 """Bytes that the allocators round up to."""
@@ -144,7 +145,15 @@ def _like_training(model: nn.Module, settings: PlanSettings, ledger: Ledger) -> 
             stack.enter_context(offloading.activations(model, ledger))
         if "parameters" in settings.offload:
             stack.enter_context(offloading.parameters(model))
+        stack.enter_context(chunked(model, settings))
         yield
+
+
+def chunked(model: nn.Module, settings: PlanSettings) -> contextlib.AbstractContextManager[Any]:
+    """Lets a language model compute its loss piece by piece inside the block, if that's asked."""
+    if settings.loss_chunk is None:
+        return contextlib.nullcontext()
+    return chunked_loss(model, settings.loss_chunk)
 
 
 def _first_line(error: Exception) -> str:
