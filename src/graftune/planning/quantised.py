@@ -18,8 +18,8 @@ BLOCK, SUPERBLOCK = 64, 256
 def packed_bytes(rows: int, columns: int, settings: PlanSettings) -> int:
     """Returns the bytes of a quantised weight with its scales.
 
-    int8: a byte each and a float32 scale for each row. nf4, fp4: half a byte each and a float32 scale
-    for every 64; quantised twice, a byte for every 64 and a float32 for every 256 of those.
+    int8: a byte each and a float32 scale for each row. nf4, fp4: half a byte each and a float32
+    scale for every 64; quantised twice, a byte for every 64 and a float32 for every 256 of them.
     """
     count = rows * columns
     if settings.quantize == "int8":
