@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 TOGETHER = 8
 """Rows of a step, over all processes."""
 STEPS = 4
+CHUNK = 16
+"""Tokens of which a decoder's loss is computed at once."""
 METHODS: dict[str, Any] = {
     "lora": gt.LoRA(r=2),
     "houlsby": gt.HoulsbyAdapter(reduction=4),
@@ -44,10 +46,11 @@ SHARDED: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": FSDP2, "zero3": ZERO3}
 
 
 def trainer(method: str, folder: Path, how: str = "ddp", **settings: Any) -> Trainer:
-    """Returns a Trainer of this process's part of the run."""
-    model = FAMILIES["llama"].build("classification", dropout=0.0)
+    """Returns a Trainer of this process's part of the run; with `loss_chunk`, of a decoder's."""
+    chunk = settings.pop("loss_chunk", None)
+    model = FAMILIES["llama"].build("default" if chunk else "classification", dropout=0.0)
     gt.attach(model, METHODS[method], name="task", seed=0)
-    own = {"trunk_cache": settings.pop("trunk_cache", None)}
+    own = {"trunk_cache": settings.pop("trunk_cache", None), "loss_chunk": chunk}
     given: dict[str, Any] = {
         "per_device_train_batch_size": TOGETHER // int(os.environ.get("WORLD_SIZE", "1")),
         "max_steps": STEPS,
@@ -63,6 +66,8 @@ def trainer(method: str, folder: Path, how: str = "ddp", **settings: Any) -> Tra
         **settings,
     }
     rows = examples(3 * TOGETHER)
+    if chunk:
+        rows = [{**row, "labels": row["input_ids"]} for row in rows]
     return Trainer(
         model=model,
         args=training_args(str(folder), **given),

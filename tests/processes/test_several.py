@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes.runs import METHODS, STEPS, torchrun, trainer
+from tests.processes.runs import CHUNK, METHODS, STEPS, torchrun, trainer
 
 WORKER = "tests.processes.worker"
 DDP = tuple(name for name in METHODS if name != "full")
@@ -27,6 +27,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of what two processes trained, all methods one after another."""
     folder = tmp_path_factory.mktemp("two")
     jobs = [*(f"ddp:{name}" for name in DDP), "ddp:lst:cached", "ddp:lora:best"]
+    jobs += ["ddp:lora:chunked", "fsdp:lora:chunked"]
     jobs += [f"fsdp:{name}:own" for name in FSDP2] + [f"fsdp:{name}" for name in REFUSED]
     ended = torchrun(WORKER, str(folder), *jobs)
     check_done(folder, jobs[-1], ended)
@@ -38,7 +39,7 @@ def zero3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of what two processes trained under ZeRO-3, which DeepSpeed does."""
     folder = tmp_path_factory.mktemp("zero3")
     jobs = [*(f"zero3:{name}:own" for name in ZERO3), *(f"zero3:{name}" for name in REFUSED)]
-    jobs += ["zero3:lora:best"]
+    jobs += ["zero3:lora:best", "zero3:lora:chunked"]
     ended = torchrun(WORKER, str(folder), *jobs, DS_ACCELERATOR="cpu")
     check_done(folder, jobs[-1], ended)
     return folder
@@ -50,14 +51,15 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("one")
     done: dict[str, tuple[dict[str, torch.Tensor], float]] = {}
 
-    def trained(method: str) -> tuple[dict[str, torch.Tensor], float]:
-        if method not in done:
-            run = trainer(method, folder / method)
+    def trained(method: str, **more: Any) -> tuple[dict[str, torch.Tensor], float]:
+        name = "-".join((method, *more))
+        if name not in done:
+            run = trainer(method, folder / name, **more)
             run.train()
-            run.save_model(str(folder / method / "adapter"))
+            run.save_model(str(folder / name / "adapter"))
             loss = run.evaluate()["eval_loss"]
-            done[method] = load_file(folder / method / "adapter" / FILE), loss
-        return done[method]
+            done[name] = load_file(folder / name / "adapter" / FILE), loss
+        return done[name]
 
     return trained
 
@@ -117,6 +119,12 @@ def test_zero3_trains_and_saves_what_one_process_does(method: str, zero3: Path, 
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
+def test_zero3_computes_a_loss_in_pieces(zero3: Path, one: Any) -> None:
+    expected, _ = one("lora", loss_chunk=CHUNK)
+    check_same(zero3 / "zero3-lora-chunked" / "adapter", expected)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs deepspeed")
 def test_zero3_refuses_what_it_cannot_shard_and_reads_the_best(zero3: Path, one: Any) -> None:
     for method, why in REFUSED.items():
         assert all(why in said["error"] for said in told(zero3, f"zero3:{method}"))
@@ -140,6 +148,12 @@ def test_every_process_reads_the_best_checkpoint(two: Path, one: Any) -> None:
 def test_processes_keep_what_the_trunk_computes(two: Path, one: Any) -> None:
     check_same(two / "ddp-lst-cached" / "adapter", one("lst")[0])
     assert all("from the trunk cache" in said["trunk"] for said in told(two, "ddp:lst:cached"))
+
+
+def test_a_loss_in_pieces_is_a_mean_over_the_tokens_of_all_processes(two: Path, one: Any) -> None:
+    expected, _ = one("lora", loss_chunk=CHUNK)
+    check_same(two / "ddp-lora-chunked" / "adapter", expected)
+    assert all("loss_chunk runs" in said["error"] for said in told(two, "fsdp:lora:chunked"))
 
 
 @pytest.mark.parametrize(

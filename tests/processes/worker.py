@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 import graftune as gt
 from graftune import processes
 from graftune.errors import GraftuneError
-from tests.processes.runs import trainer
+from tests.processes.runs import CHUNK, trainer
 
 
 def shard_on_cpus() -> None:
@@ -49,6 +49,7 @@ def job(folder: Path, text: str) -> dict[str, Any]:
     how, method, *rest = text.split(":")
     name = f"{how}-{method}"
     more: dict[str, Any] = {"trunk_cache": True} if "cached" in rest else {}
+    more |= {"loss_chunk": CHUNK} if "chunked" in rest else {}
     if "best" in rest:
         more |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     run = trainer(method, folder / name, how, **more)
@@ -59,7 +60,9 @@ def job(folder: Path, text: str) -> dict[str, Any]:
         run.train(resume_from_checkpoint=folder / resumed[5:] if resumed else None)
     except GraftuneError as error:
         return {"error": str(error)}
-    kinds = [kind for kind in ("cached", "best") if kind in rest] + ["resumed"] * bool(resumed)
+    kinds = [kind for kind in ("cached", "best", "chunked") if kind in rest] + ["resumed"] * bool(
+        resumed
+    )
     place = folder / "-".join((name, *kinds))
     run.save_model(str(place / "adapter"))
     if "own" in rest:

@@ -163,6 +163,11 @@ class TrainerMixin(_Base):
                 f"trunk_cache passes over blocks that {self.sharded_by} gathers in all processes "
                 "together: leave one of them out."
             )
+        if self._chunks.tokens is not None and self.sharded_by == "FSDP2":
+            raise TrainingError(
+                "loss_chunk runs the head again inside the backward pass, where FSDP2 has taken "
+                "its weights apart: leave it out, or shard with ZeRO-3."
+            )
         sharding.check(self.sharded_by, _unwrapped(self), self.training_adapters())
 
     def training_step(self, model: nn.Module, inputs: Any, *rest: Any, **settings: Any) -> Tensor:
