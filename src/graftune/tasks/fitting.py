@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PrinterCallback
 
 from graftune import processes
+from graftune.tasks import packing
 from graftune.tasks.measured import LOWER_IS_BETTER, Score
 from graftune.tasks.progress import Progress, TimeLimit, history
 from graftune.tasks.result import Watcher
@@ -77,7 +78,7 @@ def fit(
     trainer = Trainer(
         model=ready.model,
         args=training_args(str(folder), **_arguments(settings, len(train), bool(validation))),
-        data_collator=task.collate(ready),
+        data_collator=packing.collator(task.collate(ready)),
         forward=task.forward if task.has_own_forward else None,
         train_dataset=train,
         eval_dataset=validation or None,
@@ -101,6 +102,8 @@ def fit(
 def _caches_trunk(ready: Ready, task: Task, settings: RunSettings, rows: int) -> bool:
     """Whether to keep what the base computes: as asked, or where it is read again and exact."""
     train = settings.train
+    if train.packing:
+        return False
     if train.trunk_cache is not None:
         return train.trunk_cache
     if sharding.asked() is not None:

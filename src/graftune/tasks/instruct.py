@@ -51,6 +51,7 @@ class Instruct(Task):
     metric: ClassVar[str] = "loss"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
     roles: ClassVar[tuple[str, ...]] = ("instruction", "input", "answer", "messages")
+    packs: ClassVar[bool] = True
 
     def columns(self, table: Table, named: Columns) -> dict[str, str]:
         """Returns the column of messages, or those of instruction, input (if any) and answer."""

@@ -168,6 +168,9 @@ class TrainSettings(_Section):
     group_by_length: bool = True
     """Make batches of texts of about one length, so that little is padded."""
 
+    packing: bool = False
+    """Instructions: put as many conversations into each training row as `data.max_length` has room
+    for; they don't see each other, and `batch_size` counts rows."""
     report_to: tuple[str, ...] = ()
     """Where transformers' Trainer logs to besides the run's own files, by its names, as
     `tensorboard`, `wandb` or `mlflow`."""

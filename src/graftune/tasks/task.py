@@ -74,6 +74,8 @@ class Task(Protocol):
     """Whether an answer is one of given labels, so that all answers are measured."""
     answers_all: ClassVar[bool] = False
     """Whether it is measured by its answers to all rows, labels or none."""
+    packs: ClassVar[bool] = False
+    """Whether its training rows can hold several examples."""
     options_type: ClassVar[type[TaskOptions]] = TaskOptions
     """Its own settings. A task that has some takes them when it is made."""
 

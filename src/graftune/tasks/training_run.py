@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from graftune import processes
 from graftune.anatomy.packed import stored_bytes
 from graftune.errors import SettingsError
-from graftune.tasks import beside, dropping, sparing, starting, workspace
+from graftune.tasks import beside, dropping, packing, sparing, starting, workspace
 from graftune.tasks.data import Example, Loaded
-from graftune.tasks.fitting import Fitted, fit, total_steps
+from graftune.tasks.fitting import Features, Fitted, fit, total_steps
 from graftune.tasks.measured import Measured
 from graftune.tasks.predicting import answer, measure_logits
 from graftune.tasks.quantising import keep_in
@@ -175,7 +175,10 @@ class TrainingRun:
         if self.task.starts_head and self.settings.train.head_start:
             self._start_head(ready, fresh, encoded)
         adapter = self._attach(ready, encoded, start)
-        fitted = self._fit(ready, encoded, run_dir, resume)
+        rows = encoded["train"].features
+        if self.settings.train.packing:
+            rows = self._packed(ready, adapter, rows)
+        fitted = self._fit(ready, encoded, rows, run_dir, resume)
         for note in fitted.said:
             self._note(note)
         if not resume:  # else only a part of the training was seen
@@ -205,6 +208,13 @@ class TrainingRun:
         if note is not None:
             self._note(note)
         return adapter
+
+    def _packed(self, ready: Ready, adapter: Adapter, rows: Features) -> Features:
+        """Returns the training rows, several in each where there is room."""
+        packing.check(ready, adapter, self.task.collate(ready))
+        packed = packing.pack(rows, ready.max_length)
+        self._note(packing.summary(packed, len(rows)))
+        return packed
 
     def _measure_attention(self, ready: Ready, encoded: Mapping[str, Encoded]) -> None:
         """Measures what a fusion attends to, on the validation rows where there are some."""
@@ -282,7 +292,12 @@ class TrainingRun:
         return found
 
     def _fit(
-        self, ready: Ready, encoded: Mapping[str, Encoded], run_dir: Path, resume: bool
+        self,
+        ready: Ready,
+        encoded: Mapping[str, Encoded],
+        rows: Features,
+        run_dir: Path,
+        resume: bool,
     ) -> Fitted:
         validation = encoded.get("validation", Encoded())
         examples = self.data.splits.get("validation", [])
@@ -290,7 +305,7 @@ class TrainingRun:
             ready,
             self.task,
             self.settings,
-            encoded["train"].features,
+            rows,
             validation.features,
             score=self.task.scorer(examples, validation, ready),
             run_dir=run_dir,
