@@ -50,8 +50,8 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="classification (default), regression, multilabel, instruct, choices, labelling "
-            "or spans.",
+            help="classification (default), regression, multilabel, instruct, choices, "
+            "multiple-choice, labelling or spans.",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -214,7 +214,7 @@ class Choices(Task):
         from graftune.tasks.batches import batches_of_like_length
 
         rows = [
-            {key: row[key] for key in ("input_ids", "choices")}
+            {key: row[key] for key in row if key != "labels"}
             for row in self.encode(examples, ready).features
         ]
         answers: list[dict[str, Any]] = [{} for _ in rows]
@@ -266,6 +266,8 @@ def _choices(value: Any, column: str, where: str) -> list[str]:
             value = json.loads(value)
         except ValueError:
             value = None
+    if isinstance(value, Mapping):  # ARC's {"text": [...], "label": ["A", ...]}
+        value = value.get("text")
     found = [label_of(item) for item in value] if isinstance(value, list | tuple) else []
     if len(found) < 2 or not all(found) or len(set(found)) < len(found):
         raise DataError(
@@ -275,14 +277,16 @@ def _choices(value: Any, column: str, where: str) -> list[str]:
 
 
 def _right(label: str, choices: Sequence[str], where: str) -> str:
-    """Returns the choice that a label names, by its text or else its number."""
+    """Returns the choice that a label names, by its text or else its number or letter."""
     if label in choices:
         return label
     if label.isdecimal() and int(label) < len(choices):
         return choices[int(label)]
+    if len(label) == 1 and "A" <= label.upper() <= chr(ord("A") + len(choices) - 1):
+        return choices[ord(label.upper()) - ord("A")]
     raise DataError(
         f'{where}: the label "{label}" is none of the choices, {", ".join(choices)}, nor the '
-        f"number of one, from 0.{nearest(label, choices)}"
+        f"number of one, from 0, or its letter.{nearest(label, choices)}"
     )
 
 

@@ -38,9 +38,11 @@ TASKS = {
     "question-answering": "AutoModelForQuestionAnswering",
     "regression": "AutoModelForSequenceClassification",
     "multilabel": "AutoModelForSequenceClassification",
+    "multiple-choice": "AutoModelForMultipleChoice",
 }
 NEW_HEADS = (
     *("classification", "token-classification", "question-answering", "regression", "multilabel"),
+    "multiple-choice",
 )
 """The tasks whose head a pretrained base lacks, and which is made."""
 LABELLED = NEW_HEADS[:2]

@@ -231,8 +231,8 @@ class RunSettings(_Section):
     """The base model: `demo:minilm`, `demo:smollm2`, a folder, a GGUF file or a hub name."""
     task: str = "classification"
     """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
-    labels), `instruct`, `choices` (among answers), `labelling` (of words), or `spans` (answers in
-    passages)."""
+    labels), `instruct`, `choices` (among answers), `multiple-choice` (by an encoder's head),
+    `labelling` (of words), or `spans` (answers in passages)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

@@ -218,6 +218,7 @@ def tasks() -> dict[str, type[Task]]:
         "spans",
         "regression",
         "multilabel",
+        "multiple_choice",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)
