@@ -51,7 +51,7 @@ def train(
         str | None,
         typer.Option(
             help="classification (default), regression, multilabel, instruct, choices, "
-            "multiple-choice, labelling or spans.",
+            "multiple-choice, labelling, spans or embedding.",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -43,7 +43,10 @@ class Columns(_Section):
     text: str | None = None
     """Classification, regression and choices: the text, or the first of a pair."""
     text_pair: str | None = None
-    """Classification, regression and choices, of pairs: the second text."""
+    """Classification, regression and choices, of pairs: the second text. Embedding: what belongs
+    to the first."""
+    negative: str | None = None
+    """Embedding: a text that doesn't belong to the first of the pair."""
     value: str | None = None
     """Regression: the number to learn."""
     words: str | None = None
@@ -232,7 +235,7 @@ class RunSettings(_Section):
     task: str = "classification"
     """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
     labels), `instruct`, `choices` (among answers), `multiple-choice` (by an encoder's head),
-    `labelling` (of words), or `spans` (answers in passages)."""
+    `labelling` (of words), `spans` (answers in passages) or `embedding` (vectors of texts)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

@@ -219,6 +219,7 @@ def tasks() -> dict[str, type[Task]]:
         "regression",
         "multilabel",
         "multiple_choice",
+        "embedding",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

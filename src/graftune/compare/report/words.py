@@ -18,6 +18,8 @@ METRICS = {
     "entity_precision": "entity precision",
     "entity_recall": "entity recall",
     "exact_match": "exact match",
+    "accuracy_at_1": "accuracy@1",
+    "mrr": "mean reciprocal rank",
     "f1": "F1",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
@@ -33,7 +35,7 @@ SHARES = frozenset(
     {
         *("micro_f1", "subset_accuracy"),
         *("accuracy", "macro_f1", "token_accuracy", "exact_match", "house_style"),
-        *("entity_f1", "entity_precision", "entity_recall", "f1"),
+        *("entity_f1", "entity_precision", "entity_recall", "f1", "accuracy_at_1"),
     }
 )
 """Metrics between 0 and 1 that read best as per cent."""
@@ -49,6 +51,7 @@ MAIN_METRICS = (
         "spearman",
         "rmse",
         "mae",
+        "mrr",
     ),
     *("token_accuracy", "perplexity", "loss"),
 )
