@@ -135,6 +135,23 @@ def t5(folder: Path) -> Path:
     return _saved(T5ForConditionalGeneration(config), tokenizer, folder)
 
 
+def bart(folder: Path) -> Path:
+    """A BART of two blocks each side."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    tokenizer = _tokenizer(["<pad>", "<unk>", "</s>"], "<pad>", "<unk>", eos="</s>")
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=0, eos_token_id=2,
+        bos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None, dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return _saved(BartForConditionalGeneration(config), tokenizer, folder)
+
+
 def gpt2(folder: Path) -> Path:
     """A GPT-2 of two blocks; each byte is a token, and a space belongs to what follows it."""
     import torch

@@ -51,7 +51,7 @@ def train(
         str | None,
         typer.Option(
             help="classification (default), regression, multilabel, instruct, choices, "
-            "multiple-choice, labelling, spans or embedding.",
+            "multiple-choice, labelling, spans, embedding or seq2seq.",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -225,6 +225,11 @@ def _model(
     import torch
     import transformers
 
+    if task == "seq2seq-lm" and not config.is_encoder_decoder:
+        raise SettingsError(
+            f'the base model "{source}" is a {config.model_type}, which has no encoder: texts for '
+            'texts want an encoder-decoder; a decoder learns answers by the task "instruct".'
+        )
     auto: Any = getattr(transformers, TASKS[task])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

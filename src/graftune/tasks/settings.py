@@ -41,7 +41,8 @@ class Columns(_Section):
     """Which column of the data holds what; the usual names are found by themselves."""
 
     text: str | None = None
-    """Classification, regression and choices: the text, or the first of a pair."""
+    """Classification, regression and choices: the text, or the first of a pair. Seq2seq: what is
+    read."""
     text_pair: str | None = None
     """Classification, regression and choices, of pairs: the second text. Embedding: what belongs
     to the first."""
@@ -67,7 +68,8 @@ class Columns(_Section):
     context: str | None = None
     """Spans: the passage."""
     answer: str | None = None
-    """Instructions: the answer to learn. Spans: the answers, parts of the passage."""
+    """Instructions: the answer to learn. Spans: the answers, parts of the passage. Seq2seq: what
+    is written."""
     messages: str | None = None
     """Instructions: whole conversations, lists of `{role, content}`."""
 
@@ -235,7 +237,8 @@ class RunSettings(_Section):
     task: str = "classification"
     """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
     labels), `instruct`, `choices` (among answers), `multiple-choice` (by an encoder's head),
-    `labelling` (of words), `spans` (answers in passages) or `embedding` (vectors of texts)."""
+    `labelling` (of words), `spans` (answers in passages), `embedding` (vectors of texts)
+    or `seq2seq` (texts for texts)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

@@ -220,6 +220,7 @@ def tasks() -> dict[str, type[Task]]:
         "multilabel",
         "multiple_choice",
         "embedding",
+        "seq2seq",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

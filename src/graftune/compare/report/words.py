@@ -20,6 +20,11 @@ METRICS = {
     "exact_match": "exact match",
     "accuracy_at_1": "accuracy@1",
     "mrr": "mean reciprocal rank",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
     "f1": "F1",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
@@ -36,6 +41,7 @@ SHARES = frozenset(
         *("micro_f1", "subset_accuracy"),
         *("accuracy", "macro_f1", "token_accuracy", "exact_match", "house_style"),
         *("entity_f1", "entity_precision", "entity_recall", "f1", "accuracy_at_1"),
+        *("rouge1", "rouge2", "rouge_l", "bleu", "chrf"),
     }
 )
 """Metrics between 0 and 1 that read best as per cent."""
@@ -52,6 +58,7 @@ MAIN_METRICS = (
         "rmse",
         "mae",
         "mrr",
+        "rouge_l",
     ),
     *("token_accuracy", "perplexity", "loss"),
 )
