@@ -185,6 +185,37 @@ def test_what_is_over_the_budget_is_left_out_and_said(place: Path, tmp_path: Pat
     assert "none can be recommended" in small.to_dict()["recommendation"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "make", "rows"),
+    [
+        ("labelling", tiny.bert, tiny.tagged()),
+        ("spans", tiny.bert, tiny.passages()),
+        ("instruct", tiny.llama, tiny.lessons()),
+    ],
+)
+def test_methods_of_every_task_are_tested_row_by_row(
+    tmp_path: Path, task: str, make: Any, rows: list[dict[str, Any]]
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = run(
+        CompareSettings(
+            base=str(make(tmp_path / "base")),
+            task=task,
+            data={"train": str(data), "max_length": 32},
+            methods=["lora", {"name": "lora", "r": 1, "label": "low"}],
+            seeds=[0],
+            budget={"steps": 3},
+            search=[],
+            out=str(tmp_path / "out"),
+        )
+    )
+    assert [one.status for one in found.members] == ["done", "done"]
+    best, other = found.standings
+    assert best.p is None
+    assert other.p is not None
+
+
 def test_two_processes_at_once_are_refused(place: Path, tmp_path: Path) -> None:
     from graftune.formats.atomic import locked
 

@@ -120,6 +120,7 @@ class InContextRun:
             self._embed(prompt, ready)
         self._save(prompt.shown, ready, run_dir)
         measured = self._test(prompt, ready, run_dir)
+        workspace.write_scores(run_dir, measured.rows)
         result = self._result(prompt.costs, measured, ready, run_dir)
         workspace.write_text(run_dir / workspace.RESULT, result.to_json())
         self.watcher.on_end(result)

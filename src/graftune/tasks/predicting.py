@@ -215,14 +215,18 @@ def measure_logits(
     training = ready.model.training
     ready.model.eval()
     parts: list[Any] = []
+    order: list[int] = []
     collate = task.collate(ready)
-    for _, batch in batches_of_like_length(features, ready, batch_size, collate=collate):
+    for indices, batch in batches_of_like_length(features, ready, batch_size, collate=collate):
         labels = batch["labels"]
         with torch.inference_mode():
             logits = task.forward(ready.model, batch)["logits"]
             parts.append(task.summarise(logits, labels).cpu().numpy())
+        order.extend(indices)
     ready.model.train(training)
-    return Measured(task.score(np.concatenate(parts), None), [])
+    summaries = np.concatenate(parts)
+    rows = task.row_scores(summaries[np.argsort(order)])
+    return Measured(task.score(summaries, None), [], rows=rows)
 
 
 def _device() -> str:

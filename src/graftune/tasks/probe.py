@@ -120,6 +120,7 @@ def _write_answers(
         for example, answer in zip(examples, said, strict=True)
     ]
     workspace.write_lines(settings.run_dir / workspace.PREDICTIONS, rows)
+    workspace.write_scores(settings.run_dir, (float(one["label"] == one["true"]) for one in rows))
 
 
 def sentence_vectors(task: Task, ready: Ready, examples: Sequence[Any]) -> Tensor:
