@@ -27,12 +27,14 @@ class Watch(Unwatched):
     def __init__(self, kill: str = "", stop: str = "") -> None:
         self.kill, self.stop = kill, stop
         self.begun: list[str] = []
+        self.news: set[str] = set()
         self.ended: dict[str, tuple[Record, bool]] = {}
 
     def on_run(self, cell: Cell) -> None:
         self.begun.append(cell.title)
 
     def on_news(self, cell: Cell, kind: str, what: Any) -> None:
+        self.news.add(kind)
         if cell.title == self.kill and kind == "start":
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGKILL)
@@ -171,15 +173,18 @@ def test_what_is_over_the_budget_is_left_out_and_said(place: Path, tmp_path: Pat
     assert told["full"][0] == "left out"
     assert "the budget is 2,000" in told["full"][1]
     assert [one.status for one in few.member("full").trials] == ["left out"]
+    watch = Watch()
     small = run(
         settings(
             place,
             methods=["full"],
             budget={"memory": 1},
-            train={"steps": 4},
+            train={"steps": 400},
             out=str(tmp_path / "small"),
-        )
+        ),
+        watch=watch,
     )
+    assert watch.news == {"note", "start"}  # it is ended before its first step
     assert small.member("full").status == "left out"
     assert small.standings == ()
     assert "none can be recommended" in small.to_dict()["recommendation"][0]

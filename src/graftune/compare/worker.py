@@ -43,16 +43,17 @@ class Relay:
     def on_start(self, plan: dict[str, Any]) -> None:
         """See `Watcher`."""
         self.connection.send(("start", plan))
+        self.check()
 
     def on_step(self, state: dict[str, Any]) -> None:
         """See `Watcher`."""
         self.connection.send(("step", state))
-        self._weigh(state)
+        self.check()
 
     def on_eval(self, metrics: dict[str, Any]) -> None:
         """See `Watcher`."""
         self.connection.send(("eval", metrics))
-        self._weigh({})
+        self.check()
 
     def on_note(self, note: str) -> None:
         """See `Watcher`."""
@@ -61,11 +62,14 @@ class Relay:
     def on_end(self, result: RunResult) -> None:
         """See `Watcher`."""
 
-    def _weigh(self, state: dict[str, Any]) -> None:
+    def check(self) -> None:
+        """Raises TooMuchError once the run has taken more memory than it may; see `Checker`."""
         from graftune.training.memory import peak_memory_bytes
 
-        taken = (state.get("peak_memory_bytes") or peak_memory_bytes()) - self.before
-        if self.most is not None and taken > self.most:
+        if self.most is None:
+            return
+        taken = peak_memory_bytes() - self.before
+        if taken > self.most:
             raise TooMuchError(
                 f"it takes at least {_size(taken)} of memory; the budget is {_size(self.most)}"
             )
