@@ -136,8 +136,9 @@ def _prompted(
         task,
         settings,
         told["columns"],
-        told["precision"],
-        quantize=Quantising.told(told),
+        lambda kind: load_base(
+            told["base"], kind, dtype=told["precision"], quantize=Quantising.told(told)
+        ),
     )
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]
