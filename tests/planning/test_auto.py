@@ -106,6 +106,12 @@ def test_what_cannot_be_planned_stops_only_a_run_with_a_memory(
         chosen_for(settings(place), memory="1GiB")
 
 
+def test_settings_that_no_plan_knows_are_no_error_without_a_memory(place: Path) -> None:
+    found = chosen_for(settings(place, train={"optimizer": "galore_adamw"}))
+    assert found.settings.train.optimizer == "galore_adamw"
+    assert "Not planned: " in found.choice.reasons[-1]
+
+
 @pytest.mark.parametrize(
     ("more", "memory", "said"),
     [

@@ -136,8 +136,8 @@ def _fitting(
     budget = _here() if size is None else size
     errors: list[GraftuneError] = []
     for choice in (first, _sparing(first)):
-        asked = _asked(settings, task, choice, longest)
         try:
+            asked = _asked(settings, task, choice, longest)
             fit = fitted(base, chosen(choice.method), asked, budget, way_on=WAY_ON)
             train = train_settings(fit.plan.settings) if fit.changes else {}
             _check_packages(train)
@@ -146,16 +146,18 @@ def _fitting(
         else:
             reasons = (*choice.reasons, *told(fit))
             return dataclasses.replace(choice, train=choice.train | train, reasons=reasons)
-    why_not = _why_not(base, first, _asked(settings, task, first, longest))
+    why_not = _why_not(settings, task, base, first, longest)
     if why_not is not None and size is None:
         return dataclasses.replace(first, reasons=(*first.reasons, f"Not planned: {why_not}"))
     raise SettingsError(why_not or str(errors[0])) from errors[0]
 
 
-def _why_not(base: Base, choice: Choice, asked: PlanSettings) -> str | None:
+def _why_not(
+    settings: RunSettings, task: Task, base: Base, choice: Choice, longest: int
+) -> str | None:
     """Returns why no plan can be made at all; None where one can, of whatever size."""
     try:
-        planned(base, chosen(choice.method), asked)
+        planned(base, chosen(choice.method), _asked(settings, task, choice, longest))
     except GraftuneError as error:
         return str(error)
     return None
