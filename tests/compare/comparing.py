@@ -61,8 +61,8 @@ def comparison(
         why = "its process was ended by SIGKILL"
         members.append(MemberOutcome(label, "adapter", (), (), status=status, why=why))
     values = {one.label: one.values("accuracy") for one in members if one.done}
-    rights = {one.label: [run.right for run in one.done] for one in members if one.done}
-    told = standings(values, rights, is_share=True, is_of_rows=True)
+    scores = {one.label: [run.scores for run in one.done] for one in members if one.done}
+    told = standings(values, scores, is_share=True, is_of_rows=True)
     given_settings = CompareSettings(
         base="demo:minilm", data="mail.csv", methods=[*shares, "lost", "big"], out=str(folder)
     )

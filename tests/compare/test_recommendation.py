@@ -45,6 +45,15 @@ def test_one_seed_and_few_rows_are_said(tmp_path: Path) -> None:
     assert "50 test rows are few: one row more or less is 2.0 %." in told
 
 
+def test_two_seeds_are_said_to_tell_little(tmp_path: Path) -> None:
+    found = comparison(tmp_path)
+    settings = found.settings.model_copy(update={"seeds": (0, 1)})
+    assert "Two seeds make intervals very wide" in " ".join(
+        recommendation(comparison(tmp_path, settings=settings))
+    )
+    assert "Two seeds" not in " ".join(recommendation(found))
+
+
 def test_nothing_measured_recommends_nothing(tmp_path: Path) -> None:
     found = comparison(tmp_path, {})
     assert recommendation(found) == [

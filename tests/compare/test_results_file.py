@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftune.compare.results import FILE, Record, Results
+from graftune.tasks.workspace import PREDICTIONS, write_lines, write_scores
 
 
 def record(key: str, **more: object) -> Record:
@@ -31,3 +32,13 @@ def test_a_torn_last_line_is_passed_over_and_the_next_is_whole(tmp_path: Path) -
     assert again.get("b") is None
     again.add(record("b"))
     assert Results(tmp_path).get("b") == record("b")
+
+
+def test_rows_scores_are_read_and_older_runs_have_right_and_wrong(tmp_path: Path) -> None:
+    write_lines(tmp_path / PREDICTIONS, [{"label": "a", "true": "a"}, {"label": "a", "true": "b"}])
+    done = record("a", result={"run_dir": str(tmp_path)})
+    assert done.scores == [1.0, 0.0]
+    write_scores(tmp_path, [0.25, 0.5])
+    assert done.scores == [0.25, 0.5]
+    assert record("b", result={"run_dir": str(tmp_path / "gone")}).scores == []
+    assert record("c").scores == []

@@ -27,12 +27,14 @@ class Watch(Unwatched):
     def __init__(self, kill: str = "", stop: str = "") -> None:
         self.kill, self.stop = kill, stop
         self.begun: list[str] = []
+        self.news: set[str] = set()
         self.ended: dict[str, tuple[Record, bool]] = {}
 
     def on_run(self, cell: Cell) -> None:
         self.begun.append(cell.title)
 
     def on_news(self, cell: Cell, kind: str, what: Any) -> None:
+        self.news.add(kind)
         if cell.title == self.kill and kind == "start":
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGKILL)
@@ -171,18 +173,52 @@ def test_what_is_over_the_budget_is_left_out_and_said(place: Path, tmp_path: Pat
     assert told["full"][0] == "left out"
     assert "the budget is 2,000" in told["full"][1]
     assert [one.status for one in few.member("full").trials] == ["left out"]
+    watch = Watch()
     small = run(
         settings(
             place,
             methods=["full"],
             budget={"memory": 1},
-            train={"steps": 4},
+            train={"steps": 400},
             out=str(tmp_path / "small"),
-        )
+        ),
+        watch=watch,
     )
+    assert watch.news == {"note", "start"}  # it is ended before its first step
     assert small.member("full").status == "left out"
     assert small.standings == ()
     assert "none can be recommended" in small.to_dict()["recommendation"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "make", "rows"),
+    [
+        ("labelling", tiny.bert, tiny.tagged()),
+        ("spans", tiny.bert, tiny.passages()),
+        ("instruct", tiny.llama, tiny.lessons()),
+    ],
+)
+def test_methods_of_every_task_are_tested_row_by_row(
+    tmp_path: Path, task: str, make: Any, rows: list[dict[str, Any]]
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = run(
+        CompareSettings(
+            base=str(make(tmp_path / "base")),
+            task=task,
+            data={"train": str(data), "max_length": 32},
+            methods=["lora", {"name": "lora", "r": 1, "label": "low"}],
+            seeds=[0],
+            budget={"steps": 3},
+            search=[],
+            out=str(tmp_path / "out"),
+        )
+    )
+    assert [one.status for one in found.members] == ["done", "done"]
+    best, other = found.standings
+    assert best.p is None
+    assert other.p is not None
 
 
 def test_two_processes_at_once_are_refused(place: Path, tmp_path: Path) -> None:

@@ -88,3 +88,26 @@ def test_without_seeds_apart_rows_of_one_seed_can_name_a_winner() -> None:
     rights = {"a": [rows(200)], "b": [rows(380)]}
     found = standings({"a": [0.5], "b": [0.95]}, rights, is_of_rows=True)
     assert [one.is_as_good for one in found] == [True, False]
+
+
+def test_rows_of_any_score_are_tested_and_a_difference_of_all_rows_is_seen() -> None:
+    rng = np.random.default_rng(5)
+    good = rng.random(60)
+    scores = {"good": [list(good)] * 3, "bad": [list(good - 0.1)] * 3}
+    values = {"good": [0.90, 0.91, 0.90], "bad": [0.80, 0.81, 0.80]}
+    best, other = standings(values, scores)
+    assert (best.label, other.is_as_good) == ("good", False)
+    assert other.p == pytest.approx(1 / 10_001)
+
+
+def test_rows_that_favour_the_other_name_no_winner() -> None:
+    scores = {"a": [[0.1] * 60] * 3, "b": [[0.9] * 60] * 3}
+    best, other = standings({"a": [0.90, 0.91, 0.90], "b": [0.80, 0.81, 0.80]}, scores)
+    assert (best.label, other.label, other.p, other.is_as_good) == ("a", "b", 1.0, True)
+
+
+def test_a_loss_counts_down_and_its_rows_up() -> None:
+    scores = {"a": [[-2.0] * 60] * 3, "b": [[-1.0] * 60] * 3}
+    values = {"a": [2.0, 2.1, 2.0], "b": [1.0, 1.1, 1.0]}
+    best, other = standings(values, scores, is_falling=True)
+    assert (best.label, other.is_as_good) == ("b", False)

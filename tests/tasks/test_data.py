@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftune.errors import DataError
+from graftune.tasks import data
 from graftune.tasks.classification import Classification
 from graftune.tasks.data import Example, Loaded, hold_out, load
 from graftune.tasks.settings import DataSettings
@@ -50,6 +51,30 @@ def test_repetitions_and_contradictions_are_counted_and_said(tmp_path: Path) -> 
     found = loaded(tmp_path, rows, test_fraction=0, validation_fraction=0)
     assert (found.report.duplicates["train"], found.report.contradictions) == (2, 1)
     assert "1 training texts occur with different labels." in found.report.notes
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_rows_read_a_few_at_a_time_are_those_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_bad: bool
+) -> None:
+    rows: list[dict[str, Any]] = list(mail(40))
+    if skip_bad:
+        rows[7:7] = [{"text": "no label"}]
+        rows[20:20] = [{"text": "", "label": "empty"}, {"text": "x", "label": None}]
+    whole = loaded(tmp_path, rows, skip_bad=skip_bad)
+    monkeypatch.setattr(data, "AT_ONCE", 3)
+    parts = loaded(tmp_path, rows, skip_bad=skip_bad)
+    assert parts.splits == whole.splits
+    assert parts.report == whole.report
+    assert sum(parts.report.left_out.get("train", {}).values()) == 3 * skip_bad
+
+
+def test_a_text_of_three_labels_is_one_contradiction(tmp_path: Path) -> None:
+    rows = [{"text": "hello", "label": label} for label in "abca"]
+    assert (
+        loaded(tmp_path, rows, validation_fraction=0.0, test_fraction=0.0).report.contradictions
+        == 1
+    )
 
 
 def test_rows_keep_their_place_through_the_split(tmp_path: Path) -> None:

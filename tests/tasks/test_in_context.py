@@ -225,7 +225,7 @@ def test_a_run_has_the_result_of_an_adapters(finished: RunResult) -> None:
     names = {item.name for item in Path(finished.run_dir).iterdir()}
     assert names == {
         *("run.yaml", "env.json", "adapter", "predictions.test.jsonl", "result.json"),
-        "graftune_task.json",
+        *("graftune_task.json", "scores.test.jsonl"),
     }
     assert {item.name for item in Path(finished.adapter_path).iterdir()} == {
         *("graftune_task.json", "prompt.json"),

@@ -68,7 +68,7 @@ def test_the_directory_holds_the_run(finished: tuple[Path, RunResult, Watch]) ->
     names = {item.name for item in (folder / "run").iterdir()}
     assert names == {
         *("run.yaml", "env.json", "metrics.jsonl", "adapter", "checkpoints"),
-        *("predictions.test.jsonl", "result.json", "graftune_task.json"),
+        *("predictions.test.jsonl", "scores.test.jsonl", "result.json", "graftune_task.json"),
     }
     assert RunResult.load(folder / "run") == result
     log = (folder / "run" / "metrics.jsonl").read_text().splitlines()

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from graftune.errors import DataError
-from graftune.tasks.tables import read_table
+from graftune.tasks.tables import Table, read_table
 
 
 def file(folder: Path, name: str, content: str | bytes) -> Path:
@@ -87,3 +87,24 @@ def test_the_csv_modules_own_limit_is_left_as_it_was(tmp_path: Path) -> None:
     long = "x" * (before + 1)
     assert read_table(file(tmp_path, "a.csv", f"text\n{long}\n")).rows == [{"text": long}]
     assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("more", [{}, {"lines": [2, 3, 5, 6, 9]}, {"numbers": [1, 3, 4, 7, 8]}])
+def test_rows_are_taken_in_parts_with_their_places_and_are_gone(more: dict[str, list[int]]) -> None:
+    rows = [{"text": str(index)} for index in range(5)]
+    table = Table(list(rows), "mail.csv", **more)
+    places = [table.where(index) for index in range(5)]
+    found: list[tuple[dict[str, str], str]] = []
+    for part in table.taken(2):
+        assert len(part.rows) <= 2
+        found += [(row, part.where(index)) for index, row in enumerate(part.rows)]
+        assert not any(row in table.rows for row, _ in found)
+    assert found == list(zip(rows, places, strict=True))
+    assert table.where(4) == places[4]
+
+
+def test_rows_of_json_lines_share_the_names_of_their_columns(tmp_path: Path) -> None:
+    path = tmp_path / "mail.jsonl"
+    path.write_text('{"a column of its own": 1}\n{"a column of its own": 2}\n')
+    (first,), (second,) = (list(row) for row in read_table(path).rows)
+    assert first is second

@@ -93,3 +93,48 @@ def test_a_run_ends_when_its_time_is_up_with_what_it_measured(place: Path, tmp_p
     assert max(row["step"] for row in found.history) == 1
     assert found.metrics["validation"]["accuracy"] >= 0
     assert found.metrics["test"]
+
+
+def test_a_probe_and_prompts_read_the_kept_base_and_have_the_numbers_they_have_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftune.tasks import workshop
+    from graftune.tasks.in_context_run import InContextRun
+    from graftune.tasks.probe import run_probe
+
+    base = tiny.llama(tmp_path / "base", positions=256)
+    data = tiny.write_jsonl(tmp_path / "mail.jsonl", tiny.mail(60))
+    prompts = {"name": "in-context", "shots": 2}
+    plain = RunSettings(base=str(base), data=str(data))
+
+    def probed(name: str, source: Source) -> RunResult:
+        return run_probe(plain.replaced(out=str(tmp_path / name)), Silent(), True, source)
+
+    def prompted(name: str, source: Source) -> RunResult:
+        told = plain.replaced(method=prompts, out=str(tmp_path / name))
+        return InContextRun.prepared(told, Silent(), source).run(resume=False, overwrite=True)
+
+    alone = probed("probe", ALONE), prompted("prompts", ALONE)
+    calls: list[str] = []
+    made = workshop.load_base
+
+    def counted(spec: str, task: str, **more: object) -> object:
+        calls.append(task)
+        return made(spec, task, **more)
+
+    monkeypatch.setattr(workshop, "load_base", counted)
+    shared = Workshop(tmp_path / "shared")
+    first = result(plain.replaced(method="lora", train={"steps": 2}), tmp_path / "a", shared)
+    held: list[int] = []
+    found: list[RunResult] = []
+    for make in (probed, prompted, prompted):
+        shared.lent = 0
+        found.append(make("kept", shared))
+        held.append(shared.lent)
+    assert calls == ["classification", "lm"]
+    for kept, one in zip(found, (*alone, alone[1]), strict=True):
+        assert kept.metrics == one.metrics
+        assert kept.parameters == one.parameters
+    assert held == [found[0].base_bytes, 0, found[1].base_bytes]
+    again = result(plain.replaced(method="lora", train={"steps": 2}), tmp_path / "b", shared)
+    assert again.history == first.history

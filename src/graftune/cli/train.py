@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftune import processes
+from graftune.cli.choosing import tell, with_method
 from graftune.cli.options import AsJson, Debug, Quiet
 from graftune.cli.repeating import SEARCH, run_seeds, searched
 
@@ -66,7 +68,17 @@ def train(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Method; `graftune methods` lists them.", rich_help_panel=_METHOD),
+        typer.Option(
+            help="Method; `graftune methods` lists them. auto: chosen for your rows, with reasons.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What a step may take, as 6GiB (--method auto); else what is here.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank.", rich_help_panel=_METHOD)] = None,
     alpha: Annotated[
@@ -198,6 +210,7 @@ def train(
     Examples:
       graftune train --base demo:minilm --data mail.csv --method lora --r 8
       graftune train --base ./model --data pairs.jsonl --method bitfit --epochs 5 --lr 1e-3
+      graftune train --base ./model --data mail.csv --method auto --memory 6GiB
       graftune train --base demo:smollm2 --task instruct --data answers.jsonl --steps 200
       graftune train --base demo:smollm2 --data mail.csv --method in-context --shots 8
       graftune train run.yaml --set train.lr=1e-3 --set method.dropout=0.1 --out runs/second
@@ -222,9 +235,11 @@ def train(
         "train.quantize": quantize,
     }  # fmt: skip
     settings = settings_from(config, flags, change or [])
+    settings, reasons = with_method(settings, memory, resume=resume)
     if dry_run:
-        _show_plan(settings, as_json)
+        _show_plan(settings, as_json, reasons)
         return
+    tell(reasons, quiet)
     if lr == SEARCH or seeds is not None:
         processes.refuse_several("--lr search and --seeds")
     if lr == SEARCH:
@@ -355,20 +370,20 @@ def _report(result: RunResult) -> Path:
     return write_report(result, Path(result.run_dir) / "report.html")
 
 
-def _show_plan(settings: RunSettings, as_json: bool) -> None:
+def _show_plan(settings: RunSettings, as_json: bool, reasons: Sequence[str]) -> None:
     from graftune.cli import screen
     from graftune.compare.report import words
     from graftune.tasks.run import plan
 
     found = plan(settings)
     if as_json:
-        screen.print_json(found)
+        screen.print_json({**found, **({"reasons": list(reasons)} if reasons else {})})
         return
     print(_as_yaml(found["settings"]))
     screen.print_pairs([(f"data.{key}", value) for key, value in words.flatten(found["data"])])
     if found.get("prompt"):
         print(f"\nThe first question's prompt:\n\n{found['prompt']}\n")
-    for note in found.get("notes", ()):
+    for note in (*found.get("notes", ()), *reasons):
         print(note)
 
 

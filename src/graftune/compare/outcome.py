@@ -100,10 +100,10 @@ class Comparison:
         metric = main[0] if main else ""
         split = split_of(results[0]) if results else "test"
         values = {m.label: found for m in members if (found := m.values(metric))}
-        rights = {m.label: [one.right for one in m.done] for m in members if m.label in values}
+        scores = {m.label: [one.scores for one in m.done] for m in members if m.label in values}
         ranked = standings(
             values,
-            rights,
+            scores,
             is_falling=metric in words.LOWER_IS_BETTER,
             is_share=metric in words.SHARES,
             is_of_rows=metric == "accuracy",

@@ -99,14 +99,17 @@ def unknown(found: Comparison) -> list[str]:
     if len(found.settings.seeds) == 1:
         told.append("With one seed it isn't known how much another would change the figures.")
     elif len(found.settings.seeds) == 2:
-        told.append("Two seeds give wide intervals; three or more tell methods better apart.")
+        told.append(
+            "Two seeds make intervals very wide, 9 standard deviations to either side and not the "
+            "2.5 of three; three or more tell methods better apart."
+        )
     if found.rows < FEW_ROWS:
         told.append(
             f"{found.rows} {found.split} rows are few: one row more or less is "
             f"{words.percent(1 / max(found.rows, 1))}."
         )
     if all(one.p is None for one in found.standings[1:]) and len(found.standings) > 1:
-        told.append("Rows of this task aren't right or wrong, so no test over rows was made.")
+        told.append("It isn't known how well each row was answered, so no test over rows was made.")
     return told
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftune.errors import FormatError
-from graftune.tasks.workspace import PREDICTIONS
+from graftune.tasks.workspace import PREDICTIONS, SCORES
 
 FILE = "results.jsonl"
 Status = Literal["done", "failed", "left out"]
@@ -51,15 +51,26 @@ class Record:
         return [row["label"] == row["true"] for row in self.answers]
 
     @property
+    def scores(self) -> list[float]:
+        """How well each test row was answered, more is better; [] where that isn't known."""
+        path = self._written(SCORES)
+        if path is None:  # a run of an earlier version
+            return [float(right) for right in self.right]
+        return [float(row["score"]) for row in _rows(path)]
+
+    @property
     def answers(self) -> list[dict[str, Any]]:
         """The test rows with a right label and the label that was answered; [] without."""
-        path = Path(str(self.result.get("run_dir") or "")) / PREDICTIONS
-        if not self.result.get("run_dir") or not path.is_file():
-            return []
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
+        path = self._written(PREDICTIONS)
+        rows = _rows(path) if path is not None else []
         picked = all("label" in row and isinstance(row.get("true"), str) for row in rows)
         return rows if picked else []
+
+    def _written(self, name: str) -> Path | None:
+        """Returns a file of the run's directory; None where there is none."""
+        folder = self.result.get("run_dir")
+        path = Path(str(folder)) / name
+        return path if folder and path.is_file() else None
 
 
 class Results:
@@ -95,6 +106,11 @@ class Results:
             raise FormatError(f'"{self.path}" can\'t be written: {error.strerror}.') from error
         self._is_torn = False
         self._records[record.key] = record
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def _parsed(line: bytes) -> Record | None:

@@ -278,7 +278,7 @@ def _checked(
 
     try:
         if member.kind == "in-context":
-            return InContextRun.prepared(whole, Silent()).settings, 0
+            return InContextRun.prepared(whole, Silent(), workshop).settings, 0
         run = TrainingRun.prepared(whole, Silent(), workshop)
         run.plan()
     except SettingsError as error:

@@ -3,7 +3,8 @@
 interval   mean ± t₀.₉₇₅(n − 1) · s / √n over n seeds (Student 1908); of one run with right and
            wrong rows, Wilson's for a share
 test       rows' scores, each the mean over a method's seeds, with the signs of the differences
-           to the best method flipped at random (Fisher's randomisation test, two-sided)
+           to the best method flipped at random (Fisher's randomisation test, two-sided); 1 where
+           the rows favour the other, which a metric that is no mean over rows allows
 several    Holm's correction: the k-th smallest of m values counts (m − k + 1)-fold
 best       named alone only if the others' intervals lie apart from its own and the test says
            that they differ; else all that can't be told from it are as good
@@ -120,7 +121,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 def standings(
     values: Mapping[str, Sequence[float]],
-    rights: Mapping[str, Sequence[Sequence[bool]]],
+    scores: Mapping[str, Sequence[Sequence[float]]],
     *,
     is_falling: bool = False,
     is_share: bool = False,
@@ -130,14 +131,15 @@ def standings(
 
     Args:
         values: Each method's metric, one for each seed.
-        rights: Whether each test row was answered right, for each seed; [] where that isn't known.
+        scores: How well each test row was answered, for each seed, more is better (1 and 0 for
+            right and wrong); [] where that isn't known.
         is_falling: Whether less is better.
         is_share: Whether the metric lies between 0 and 1.
         is_of_rows: Whether it is the share of right rows.
     """
     if not values:
         return []
-    means = {label: _row_scores(rights.get(label, ())) for label in values}
+    means = {label: _row_means(scores.get(label, ())) for label in values}
     intervals = {
         label: interval(found, len(means[label]) if is_of_rows else 0, is_share=is_share)
         for label, found in values.items()
@@ -158,12 +160,17 @@ def _tests(
     best: str, others: Sequence[str], means: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
     fit = [label for label in others if means[label] and len(means[label]) == len(means[best])]
-    return dict(zip(fit, holm([sign_flip(means[best], means[one]) for one in fit]), strict=True))
+    return dict(zip(fit, holm([_test(means[best], means[one]) for one in fit]), strict=True))
 
 
-def _row_scores(rights: Sequence[Sequence[bool]]) -> list[float]:
+def _test(best: Sequence[float], other: Sequence[float]) -> float:
+    """Returns the p of a difference; 1 where the rows say that the other one is better."""
+    return sign_flip(best, other) if sum(best) > sum(other) else 1.0
+
+
+def _row_means(scores: Sequence[Sequence[float]]) -> list[float]:
     """Returns each row's mean over the seeds."""
-    known = [one for one in rights if one]
+    known = [one for one in scores if one]
     if not known or len({len(one) for one in known}) > 1:
         return []
     return [float(x) for x in np.mean(np.asarray(known, float), axis=0)]

@@ -18,6 +18,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,38 @@ class TooMuchError(Exception):
 
 
 class Relay:
-    """Passes on what a run tells, and ends one that takes more memory than it may."""
+    """Passes on what a run tells, and ends one that takes more memory than it may.
 
-    def __init__(self, connection: Any, before: int, most: int | None) -> None:
-        self.connection, self.before, self.most = connection, before, most
+    Args:
+        connection: to the parent.
+        before: bytes that the process held before the run.
+        most: bytes that the run may take; None for any.
+        lent: tells which of the bytes held before are the run's base, which counts as its own.
+    """
+
+    def __init__(
+        self,
+        connection: Any,
+        before: int,
+        most: int | None,
+        lent: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.connection, self.before, self.most, self.lent = connection, before, most, lent
 
     def on_start(self, plan: dict[str, Any]) -> None:
         """See `Watcher`."""
         self.connection.send(("start", plan))
+        self.check()
 
     def on_step(self, state: dict[str, Any]) -> None:
         """See `Watcher`."""
         self.connection.send(("step", state))
-        self._weigh(state)
+        self.check()
 
     def on_eval(self, metrics: dict[str, Any]) -> None:
         """See `Watcher`."""
         self.connection.send(("eval", metrics))
-        self._weigh({})
+        self.check()
 
     def on_note(self, note: str) -> None:
         """See `Watcher`."""
@@ -61,11 +76,18 @@ class Relay:
     def on_end(self, result: RunResult) -> None:
         """See `Watcher`."""
 
-    def _weigh(self, state: dict[str, Any]) -> None:
+    def taken(self, peak: int) -> int:
+        """Returns what of the process's peak is the run's own."""
+        return max(peak - self.before + self.lent(), 0)
+
+    def check(self) -> None:
+        """Raises TooMuchError once the run has taken more memory than it may; see `Checker`."""
         from graftune.training.memory import peak_memory_bytes
 
-        taken = (state.get("peak_memory_bytes") or peak_memory_bytes()) - self.before
-        if self.most is not None and taken > self.most:
+        if self.most is None:
+            return
+        taken = self.taken(peak_memory_bytes())
+        if taken > self.most:
             raise TooMuchError(
                 f"it takes at least {_size(taken)} of memory; the budget is {_size(self.most)}"
             )
@@ -116,9 +138,10 @@ class _Bench:
                 self._weigh(settings, job["parameters"])
             before = _held()
             began = time.monotonic()
-            watcher = Relay(connection, before, job["memory"])
+            self.workshop.lent = 0
+            watcher = Relay(connection, before, job["memory"], lambda: self.workshop.lent)
             result = self._run(job["kind"], settings, watcher, is_trial=job["is_trial"])
-            ended["memory_bytes"] = max(result.peak_memory_bytes - before, 0)
+            ended["memory_bytes"] = watcher.taken(result.peak_memory_bytes)
             _check_after(result, ended["memory_bytes"], job)
             ended["result"] = result.to_dict()
         except TooMuchError as over:
@@ -149,9 +172,10 @@ class _Bench:
 
             return run_probe(settings, watcher, overwrite=True, source=self.workshop)
         if kind == "in-context":
-            from graftune.tasks.run import train
+            from graftune.tasks.in_context_run import InContextRun
 
-            return train(settings, watch=watcher, overwrite=True)
+            prompts = InContextRun.prepared(settings, watcher, self.workshop)
+            return prompts.run(resume=False, overwrite=True)
         from graftune.tasks.training_run import TrainingRun
 
         run = TrainingRun.prepared(settings, watcher, self.workshop)

@@ -66,7 +66,7 @@ def ask(
         raise SettingsError("graftune plan needs a base model, as in --base demo:minilm.")
     size = None if budget is None else parse_bytes(budget, "--fit")
     method = _method(run, flags["method"], changes)
-    asked = _settings(run, given)
+    asked = plan_settings(run, given)
     base = base_of(name, flags["task"] or (run.task if run else None), asked.labels)
     if given.get("length") is None and (run is None or run.data.max_length is None):
         asked = shortened(base, asked)
@@ -95,7 +95,7 @@ def _method(run: RunSettings | None, name: str | None, changes: Sequence[str]) -
     return chosen(apply_overrides(values, parsed)["method"])
 
 
-def _settings(run: RunSettings | None, given: Mapping[str, Any]) -> PlanSettings:
+def plan_settings(run: RunSettings | None, given: Mapping[str, Any]) -> PlanSettings:
     """Returns a plan's settings: flags, else the file's, else the defaults."""
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     values: dict[str, Any] = {"device": device}

@@ -26,6 +26,7 @@ MARGIN = 0.05
 """Share of a budget that is left free: what plans err by, and fragments."""
 SPLITS = 4
 """Most batches that one is split into before activations are computed twice."""
+WAY_ON = "Take a smaller base, shorter rows, or a method that keeps less, such as LadderSideTuning."
 WORTH = 0.02
 """Share of the peak below which an optimizer's states aren't worth other ones."""
 
@@ -101,9 +102,24 @@ def fit(
 
 
 def fitted(
-    base: Base, method: Method, asked: PlanSettings, budget: int, *, timed: bool = False
+    base: Base,
+    method: Method,
+    asked: PlanSettings,
+    budget: int,
+    *,
+    timed: bool = False,
+    way_on: str = WAY_ON,
 ) -> Fit:
-    """Returns the least harmful settings of a configuration that fit; see `fit`."""
+    """Returns the least harmful settings of a configuration that fit; see `fit`.
+
+    Args:
+        base: a model's configuration.
+        method: what trains.
+        asked: the settings to begin with.
+        budget: in bytes.
+        timed: as for `plan`.
+        way_on: what the error advises where nothing fits.
+    """
     search = _Search(base, method, budget)
     for level in _levels(asked, search):
         found = search.best(level)
@@ -111,7 +127,7 @@ def fitted(
             if timed:
                 found = planned(base, method, found.settings, timed=True)
             return Fit(found, budget, changes(asked, found.settings), search.tried)
-    raise _too_small(search, budget)
+    raise SettingsError(f"{_too_small(search, budget)} {way_on}")
 
 
 def changes(asked: PlanSettings, found: PlanSettings) -> tuple[str, ...]:
@@ -230,7 +246,7 @@ def _is_proposed(name: str, level: PlanSettings, search: _Search) -> bool:
     return not search.method.trains_in_place
 
 
-def _too_small(search: _Search, budget: int) -> SettingsError:
+def _too_small(search: _Search, budget: int) -> str:
     least = search.least
     assert least is not None
     weights = least.parts[WEIGHTS] + least.parts["adapter"]
@@ -241,10 +257,7 @@ def _too_small(search: _Search, budget: int) -> SettingsError:
         else f"the least that a step takes is {_gib(least.peak_bytes)} ({said}), and "
         f"{MARGIN:.0%} are left free"
     )
-    return SettingsError(
-        f"{search.base.name} with {search.method.name} doesn't fit into {_gib(budget)}: {why}. "
-        "Take a smaller base, shorter rows, or a method that keeps less, such as LadderSideTuning."
-    )
+    return f"{search.base.name} with {search.method.name} doesn't fit into {_gib(budget)}: {why}."
 
 
 def _gib(count: int) -> str:

@@ -97,6 +97,11 @@ def can_checkpoint(base: Base) -> bool:
     return bool(getattr(kind, "supports_gradient_checkpointing", False))
 
 
+def is_encoder(base: Base) -> bool:
+    """Returns whether the model reads both ways and writes nothing."""
+    return not base.config.is_encoder_decoder and _serves(base.config, "masked-lm")
+
+
 def attached(model: PreTrainedModel, method: Method) -> Adapter:
     """Returns the adapter that a method makes on a model without numbers, ready to train."""
     adapter = attach(model, method)

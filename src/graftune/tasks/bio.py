@@ -103,6 +103,19 @@ def entity_scores(
     return {key: overall[key] for key in ("precision", "recall", "f1")}, by_type
 
 
+def row_f1(said: Sequence[str], true: Sequence[str]) -> float:
+    """Returns F1 of one row's whole entities; 1 where there are none and none were found.
+
+    Example:
+        >>> row_f1(["B-a", "O"], ["B-a", "B-b"]), row_f1(["O", "O"], ["O", "O"])
+        (0.6666666666666666, 1.0)
+    """
+    found, right = set(entities(said)), set(entities(true))
+    if not found and not right:
+        return 1.0
+    return 2 * len(found & right) / (len(found) + len(right))
+
+
 def _scores(result: Any) -> dict[str, float]:
     strict = result["strict"]
     return {

@@ -10,6 +10,7 @@ answer    {"text", "label", "score", "probabilities": {label: p}}
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from sys import intern
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftune.errors import DataError, nearest
@@ -203,6 +204,7 @@ def _labelled(row: Row, columns: Mapping[str, str], where: str) -> Example:
     label = label_of(value)
     if not label:
         raise DataError(f'{where}: the label ("{columns["label"]}") is missing, found {value!r}.')
+    label = intern(label)  # one text for all rows of it
     return Example({**fields, "label": label}, text_key(fields), label, where)
 
 

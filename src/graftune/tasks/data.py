@@ -22,6 +22,8 @@ from graftune.tasks.settings import Columns, DataSettings
 from graftune.tasks.sources import BadSplits, file_hashes, read_source, read_split
 from graftune.tasks.tables import Table
 
+AT_ONCE = 10_000
+"""Rows that are there as rows and as examples at a time."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -138,7 +140,7 @@ def split_up(
     )
     splits: dict[str, list[Example]] = {}
     for split in list(tables):
-        # Each table goes as soon as it is read, so that rows and examples of all never coexist.
+        # Rows go as they are read, so that rows and examples of all never coexist.
         table = tables.pop(split)
         report.notes.extend(label_notes(table, columns.get("label"), split))
         splits[split] = _examples(reader, table, columns, bad, split)
@@ -159,22 +161,35 @@ def _examples(
     bad: BadSplits | None,
     split: str,
 ) -> list[Example]:
-    """Returns a table's examples; where bad rows may be left out, each row is read by itself."""
-    if bad is None:
-        return reader.examples(table, columns)
+    """Returns a table's examples, whose rows go on the way; bad ones are counted in `bad`."""
     found: list[Example] = []
-    counted = bad.setdefault(split, BadRows())
+    counted = None if bad is None else bad.setdefault(split, BadRows())
+    for part in table.taken(AT_ONCE):
+        try:
+            found.extend(reader.examples(part, columns))
+        except DataError:
+            if counted is None:
+                raise
+            found.extend(_good(reader, part, columns, counted))
+    if counted is not None and not found:
+        reason, where = next(iter(counted.places.items()))
+        raise DataError(
+            f"{where}: {reason} No row of {table.source} can be used: {counted.count} are bad."
+        )
+    return found
+
+
+def _good(
+    reader: Reader, table: Table, columns: Mapping[str, str], counted: BadRows
+) -> list[Example]:
+    """Returns the examples of the rows that can be used, each read by itself."""
+    found: list[Example] = []
     for index in range(len(table.rows)):
         try:
             found.extend(reader.examples(table.alone(index), columns))
         except DataError as error:
             where = table.where(index)
             counted.add(where, str(error).removeprefix(where).lstrip(":, "))
-    if not found:
-        reason, where = next(iter(counted.places.items()))
-        raise DataError(
-            f"{where}: {reason} No row of {table.source} can be used: {counted.count} are bad."
-        )
     return found
 
 
@@ -265,10 +280,13 @@ def _count(splits: Mapping[str, Sequence[Example]], report: DataReport) -> None:
 
 
 def _contradictions(examples: Iterable[Example]) -> int:
-    labels: dict[str, set[str]] = defaultdict(set)
-    for example in examples:
-        labels[example.key].add(example.stratum)
-    return sum(len(found) > 1 for found in labels.values())
+    first: dict[str, str] = {}
+    other = {
+        example.key
+        for example in examples
+        if first.setdefault(example.key, example.stratum) != example.stratum
+    }
+    return len(other)
 
 
 def _oddities(report: DataReport) -> list[str]:

@@ -13,8 +13,8 @@ from transformers import PrinterCallback
 from graftune import processes
 from graftune.tasks import packing
 from graftune.tasks.measured import LOWER_IS_BETTER, Score
-from graftune.tasks.progress import Progress, TimeLimit, history
-from graftune.tasks.result import Watcher
+from graftune.tasks.progress import EachStep, Progress, TimeLimit, history
+from graftune.tasks.result import Checker, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Ready, Task
 from graftune.training import sharding
@@ -170,6 +170,8 @@ def _callbacks(
     from transformers import EarlyStoppingCallback
 
     callbacks: list[Any] = [Progress(watcher, run_dir / "metrics.jsonl", plan)]
+    if isinstance(watcher, Checker):
+        callbacks.append(EachStep(watcher))
     if settings.train.seconds is not None:
         callbacks.append(TimeLimit(settings.train.seconds))
     if settings.train.early_stop is not None:

@@ -11,7 +11,7 @@ from graftune.anatomy.packed import elements, stored_bytes
 from graftune.errors import SettingsError
 from graftune.tasks import prompting, workspace
 from graftune.tasks.chat_prompt import ChatPrompt
-from graftune.tasks.data import Example, Loaded, load
+from graftune.tasks.data import Example, Loaded
 from graftune.tasks.demonstrations import chosen, text_of, with_vectors
 from graftune.tasks.in_context import Demonstrations, InContext, in_context_of
 from graftune.tasks.measured import Measured
@@ -25,6 +25,7 @@ from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings, TrainSettings
 from graftune.tasks.task import Ready, Task, find_task
 from graftune.tasks.task_file import write_task
+from graftune.tasks.workshop import ALONE, Source
 
 ROWS_AT_ONCE = 16
 SHOWN_ANSWERS = 8
@@ -48,10 +49,13 @@ class InContextRun:
     against: RunResult | None
     watcher: Watcher
     began: float
+    source: Source = ALONE
     notes: list[str] = field(default_factory=list[str])
 
     @classmethod
-    def prepared(cls, settings: RunSettings, watcher: Watcher) -> InContextRun:
+    def prepared(
+        cls, settings: RunSettings, watcher: Watcher, source: Source = ALONE
+    ) -> InContextRun:
         """Returns a run, its settings resolved and its data read and checked.
 
         Raises:
@@ -65,10 +69,10 @@ class InContextRun:
         prompting.check_task(method, task)
         settings = _resolved(settings, task, method)
         against = _adapter_run(method.against) if method.against else None
-        data = load(settings.data, task)
+        data = source.data(settings, task)
         labels = task.labels(data.splits)
         rows = chosen(method, data.splits["train"], labels, settings.train.seed)
-        run = cls(settings, task, method, data, labels, rows, against, watcher, began)
+        run = cls(settings, task, method, data, labels, rows, against, watcher, began, source)
         run.notes.extend(data.report.notes)
         return run
 
@@ -120,6 +124,7 @@ class InContextRun:
             self._embed(prompt, ready)
         self._save(prompt.shown, ready, run_dir)
         measured = self._test(prompt, ready, run_dir)
+        workspace.write_scores(run_dir, measured.rows)
         result = self._result(prompt.costs, measured, ready, run_dir)
         workspace.write_text(run_dir / workspace.RESULT, result.to_json())
         self.watcher.on_end(result)
@@ -132,9 +137,9 @@ class InContextRun:
             self.task,
             self.method,
             columns,
-            precision(settings),
-            self.watcher.on_note,
-            Quantising.asked(settings.train),
+            lambda kind: self.source.frozen(
+                settings, kind, precision(settings), self.watcher.on_note
+            ),
         )
         for note in () if self.task.picks else self.task.prepare(base.tokenizer):
             self._note(note)

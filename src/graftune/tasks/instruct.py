@@ -157,6 +157,10 @@ class Instruct(Task):
             "token_accuracy": metrics.token_accuracy(right, tokens),
         }
 
+    def row_scores(self, summaries: Any) -> list[float]:
+        """Returns the share of each row's answer tokens that are right."""
+        return [float(right) / max(float(tokens), 1.0) for _, tokens, right in summaries]
+
     def answer(
         self, examples: Sequence[Example], ready: Ready, *, batch_size: int, max_new_tokens: int
     ) -> list[dict[str, Any]]:

@@ -17,7 +17,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftune.errors import DataError, nearest
-from graftune.tasks.bio import OUTSIDE, consistent, entities, entity_scores, tag_names, type_of
+from graftune.tasks.bio import (
+    OUTSIDE,
+    consistent,
+    entities,
+    entity_scores,
+    row_f1,
+    tag_names,
+    type_of,
+)
 from graftune.tasks.chat import IGNORED
 from graftune.tasks.columns import find_column
 from graftune.tasks.data import Example, normalised
@@ -198,7 +206,8 @@ class Labelling(Task):
         said = [one["tags"] for one in answers]
         true = [example.fields["tags"] for example in examples]
         overall, by_type = entity_scores(said, true)
-        return Measured(_metrics(said, true, overall), [], by_type)
+        rows = [row_f1(one, other) for one, other in zip(said, true, strict=True)]
+        return Measured(_metrics(said, true, overall), [], by_type, rows)
 
     def truth(self, example: Example) -> dict[str, Any]:
         """Returns the right tags."""

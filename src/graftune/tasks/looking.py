@@ -88,6 +88,7 @@ def look(settings: RunSettings, *, task: str | None = None, with_base: bool = Tr
     others = {name: fit for name, fit in (guess.fits if guess else {}).items()}
     others.pop(chosen.name, None)
     described = describe_columns(train, chosen.columns(train, settings.data.columns))
+    del train  # its rows are to go once they are read
     loaded, problems = _loaded(tables, settings, chosen, bad)
     found = Look(chosen.name, task is None, others, described, loaded.report, problems)
     if not settings.data.skip_bad:
@@ -151,11 +152,15 @@ def _look_at_labels(found: Look, splits: Mapping[str, Sequence[Example]]) -> Non
 
 def _pairs(splits: Mapping[str, Sequence[Example]]) -> list[str]:
     """Returns places of rows of one text that are in two splits, or have two labels."""
-    first: dict[str, tuple[str, Example]] = {}
+    first: dict[str, dict[str, Example]] = {}
     said: dict[str, list[str]] = defaultdict(list)
     for split, examples in splits.items():
+        known = list(first.items())
+        own = first[split] = {}
         for example in examples:
-            other, before = first.setdefault(example.key, (split, example))
+            other, before = _first(example, known) or (split, example)
+            if other == split:
+                before = own.setdefault(example.key, example)
             if before.stratum != example.stratum:
                 kind = f'labels "{before.stratum}" and "{example.stratum}"'
             elif other != split:
@@ -166,6 +171,13 @@ def _pairs(splits: Mapping[str, Sequence[Example]]) -> list[str]:
             if len(few) < SHOWN:
                 few.append(f"{before.where} = {example.where} ({kind})")
     return [*said["labels"], *said["splits"]]
+
+
+def _first(
+    example: Example, splits: Sequence[tuple[str, Mapping[str, Example]]]
+) -> tuple[str, Example] | None:
+    """Returns the first split that has an example's text, and the first row there."""
+    return next(((split, rows[example.key]) for split, rows in splits if example.key in rows), None)
 
 
 def _look_at_tokens(

@@ -28,6 +28,9 @@ class Measured:
     classes: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """`{label, precision, recall, f1, support}` of each kind of answer, where the confusion
     doesn't say it."""
+    rows: list[float] = field(default_factory=list[float])
+    """How well each row was answered, more is better, so that runs can be compared row by row; []
+    where that isn't known."""
 
 
 def measure_labels(
@@ -43,9 +46,14 @@ def measure_labels(
             example.fields["choices"].index(one["label"])
             for example, one in zip(examples, answers, strict=True)
         ]
-        return Measured(score(np.array(chosen), np.array(rights)), [])
+        said, targets = np.array(chosen), np.array(rights)
+        return Measured(score(said, targets), [], rows=_right(said, targets))
     number = {label: index for index, label in enumerate(labels)}
     targets = np.array([number[example.stratum] for example in examples])
     said = np.array([number[one["label"]] for one in answers])
     counts = metrics.confusion(targets, said, len(labels))
-    return Measured(score(said, targets), counts.tolist())
+    return Measured(score(said, targets), counts.tolist(), rows=_right(said, targets))
+
+
+def _right(said: metrics.Integers, targets: metrics.Integers) -> list[float]:
+    return [float(right) for right in said == targets]

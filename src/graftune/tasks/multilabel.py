@@ -224,7 +224,7 @@ class Multilabel(Classification):
             {"label": label, **metrics.flag_scores(row)}
             for label, row in zip(labels, counts, strict=True)
         ]
-        return Measured(self.score(said, right), [], classes)
+        return Measured(self.score(said, right), [], classes, _set_f1(said > 0, right > 0))
 
     def truth(self, example: Example) -> dict[str, Any]:
         """Returns the right labels."""
@@ -236,6 +236,12 @@ def _listed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text.strip("[]").replace("'", "").replace('"', "").split(",")
+
+
+def _set_f1(said: metrics.Flags, right: metrics.Flags) -> list[float]:
+    """Returns F1 of each row's set of labels; 1 where it is empty and ought to be."""
+    both, total = (said & right).sum(axis=1), said.sum(axis=1) + right.sum(axis=1)
+    return [2 * float(b) / float(t) if t else 1.0 for b, t in zip(both, total, strict=True)]
 
 
 def _flags(labels: Sequence[str], known: Sequence[str]) -> list[float]:

@@ -136,8 +136,9 @@ def _prompted(
         task,
         settings,
         told["columns"],
-        told["precision"],
-        quantize=Quantising.told(told),
+        lambda kind: load_base(
+            told["base"], kind, dtype=told["precision"], quantize=Quantising.told(told)
+        ),
     )
     if told["chat_template"] is not None:
         base.tokenizer.chat_template = told["chat_template"]
@@ -215,14 +216,18 @@ def measure_logits(
     training = ready.model.training
     ready.model.eval()
     parts: list[Any] = []
+    order: list[int] = []
     collate = task.collate(ready)
-    for _, batch in batches_of_like_length(features, ready, batch_size, collate=collate):
+    for indices, batch in batches_of_like_length(features, ready, batch_size, collate=collate):
         labels = batch["labels"]
         with torch.inference_mode():
             logits = task.forward(ready.model, batch)["logits"]
             parts.append(task.summarise(logits, labels).cpu().numpy())
+        order.extend(indices)
     ready.model.train(training)
-    return Measured(task.score(np.concatenate(parts), None), [])
+    summaries = np.concatenate(parts)
+    rows = task.row_scores(summaries[np.argsort(order)])
+    return Measured(task.score(summaries, None), [], rows=rows)
 
 
 def _device() -> str:

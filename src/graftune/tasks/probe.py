@@ -21,13 +21,11 @@ from graftune.tasks.batches import batches_of_like_length
 from graftune.tasks.data import Loaded
 from graftune.tasks.linear_head import best_head
 from graftune.tasks.metrics import confusion
-from graftune.tasks.models import load_base
-from graftune.tasks.quantising import Quantising
 from graftune.tasks.resolving import length_limit, precision
 from graftune.tasks.result import RunResult, Watcher
 from graftune.tasks.settings import RunSettings
 from graftune.tasks.task import Ready, Task, find_task
-from graftune.tasks.workshop import ALONE, Source
+from graftune.tasks.workshop import ALONE, BODY, Source
 
 _BATCH = 32
 
@@ -46,7 +44,7 @@ def run_probe(
     labels = task.labels(data.splits)
     with workspace.claimed(settings.run_dir, overwrite=overwrite):
         workspace.write_text(settings.run_dir / workspace.SETTINGS, settings.to_yaml())
-        result = _probed(settings, task, data, labels, watcher, began)
+        result = _probed(settings, task, data, labels, watcher, began, source)
         workspace.write_text(settings.run_dir / workspace.RESULT, result.to_json())
     watcher.on_end(result)
     return result
@@ -59,17 +57,12 @@ def _probed(
     labels: list[str],
     watcher: Watcher,
     began: float,
+    source: Source,
 ) -> RunResult:
     from graftune.training.memory import peak_memory_bytes, reset_peak_memory
 
     reset_peak_memory()
-    base = load_base(
-        settings.base,
-        "feature",
-        dtype=precision(settings),
-        quantize=Quantising.asked(settings.train),
-        note=watcher.on_note,
-    )
+    base = source.frozen(settings, BODY, precision(settings), watcher.on_note)
     limit = length_limit(settings, task, base.model, base.tokenizer)
     ready = Ready(base.model, base.tokenizer, labels, limit)
     loaded = time.monotonic()
@@ -120,6 +113,7 @@ def _write_answers(
         for example, answer in zip(examples, said, strict=True)
     ]
     workspace.write_lines(settings.run_dir / workspace.PREDICTIONS, rows)
+    workspace.write_scores(settings.run_dir, (float(one["label"] == one["true"]) for one in rows))
 
 
 def sentence_vectors(task: Task, ready: Ready, examples: Sequence[Any]) -> Tensor:

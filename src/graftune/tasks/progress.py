@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from graftune import processes
-from graftune.tasks.result import Watcher
+from graftune.tasks.result import Checker, Watcher
 from graftune.tasks.workspace import write_lines
 from graftune.training.memory import peak_memory_bytes
 
@@ -56,6 +56,19 @@ class Progress(TrainerCallback):
             "seconds_left": seconds / done * (state.max_steps - state.global_step),
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+
+class EachStep(TrainerCallback):
+    """Lets a watcher end the run after any step."""
+
+    def __init__(self, checker: Checker) -> None:
+        self.checker = checker
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Asks it."""
+        self.checker.check()
 
 
 class TimeLimit(TrainerCallback):

@@ -16,10 +16,9 @@ from graftune.tasks.chat_prompt import ChatPrompt
 from graftune.tasks.data import Example
 from graftune.tasks.in_context import Demonstrations, InContext, in_context_of, template_of
 from graftune.tasks.measured import Measured
-from graftune.tasks.models import LANGUAGE_MODEL, base_config, load_base
+from graftune.tasks.models import LANGUAGE_MODEL, base_config
 from graftune.tasks.predicting import measure_logits
 from graftune.tasks.prompt_costs import PromptCosts
-from graftune.tasks.quantising import Quantising
 from graftune.tasks.ranking import RankedPrompt
 from graftune.tasks.resolving import UNBOUNDED, most_tokens
 from graftune.tasks.task import Ready, Task
@@ -76,22 +75,26 @@ def base_of(
     task: Task,
     settings: InContext,
     columns: Mapping[str, str],
-    dtype: str,
-    note: Callable[[str], object] | None = None,
-    quantize: Quantising | None = None,
+    load: Callable[[str], Base],
 ) -> tuple[Base, Template | None]:
     """Returns a base ready to be prompted, and the template for it; None for a chat.
+
+    Args:
+        spec: The base.
+        task: What is asked.
+        settings: The prompts'.
+        columns: The data's.
+        load: Loads the base for a task of `load_base`.
 
     Raises:
         SettingsError: The template is not for this base.
         FormatError: The base can't be loaded so.
     """
     if not task.picks:
-        base = load_base(spec, task.model_task, dtype=dtype, note=note, quantize=quantize)
-        return base, None
+        return load(task.model_task), None
     template = template_of(settings, spec, base_config(spec), columns)
     kind = "masked-lm" if template.has("mask") else LANGUAGE_MODEL
-    return load_base(spec, kind, dtype=dtype, note=note, quantize=quantize), template
+    return load(kind), template
 
 
 def prompt_of(

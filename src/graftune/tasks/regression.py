@@ -141,7 +141,9 @@ class Regression(Classification):
         from graftune.tasks.measured import Measured
 
         right = [example.fields["value"] for example in examples]
-        return Measured(self.score([one["value"] for one in answers], right), [])
+        said = [float(one["value"]) for one in answers]
+        rows = [-abs(one - other) for one, other in zip(said, right, strict=True)]
+        return Measured(self.score(said, right), [], rows=rows)
 
     def truth(self, example: Example) -> dict[str, Any]:
         """Returns the right value."""

@@ -37,6 +37,10 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     known = {_plain(key): key for key in methods()}
     begun = [key for key in known if key.startswith(name)] if name else []
     whole = name if name in known or len(begun) != 1 else begun[0]
+    if whole == "auto":
+        raise SettingsError(
+            'method is "auto": a method is chosen by `graftune train --method auto`, before a run.'
+        )
     return Method.from_dict({"method": known.get(whole, str(settings["name"])), **given})
 
 

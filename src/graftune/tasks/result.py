@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from graftune.errors import FormatError
 
@@ -111,6 +111,15 @@ class Watcher(Protocol):
 
     def on_end(self, result: RunResult) -> None:
         """The run is finished and written."""
+        ...
+
+
+@runtime_checkable
+class Checker(Protocol):
+    """A watcher that may end a run after any of its steps."""
+
+    def check(self) -> None:
+        """Called after each step, whether it is logged or not; what it raises ends the run."""
         ...
 
 

@@ -2,8 +2,8 @@
 
 A run's directory holds `run.yaml` (the settings, every default filled in), `env.json`,
 `metrics.jsonl`, `adapter/`, `beside/` (the adapters that it attends to), `checkpoints/`,
-`predictions.test.jsonl`, `graftune_task.json` (what prediction needs, also beside the adapter) and,
-last, `result.json`.
+`predictions.test.jsonl`, `scores.test.jsonl` (how well each row was answered), `graftune_task.json`
+(what prediction needs, also beside the adapter) and, last, `result.json`.
 """
 
 from __future__ import annotations

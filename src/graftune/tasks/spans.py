@@ -20,7 +20,7 @@ from graftune.tasks.columns import find_column
 from graftune.tasks.data import Example, normalised
 from graftune.tasks.labelling import check_fast
 from graftune.tasks.settings import Columns, Count, TaskOptions
-from graftune.tasks.squad import answer_scores
+from graftune.tasks.squad import answer_scores, row_scores
 from graftune.tasks.tables import Row, Table
 from graftune.tasks.task import Encoded, Ready, Task, register_task
 
@@ -265,7 +265,8 @@ class Spans(Task):
         from graftune.tasks.measured import Measured
 
         said = [one["answer"] for one in answers]
-        return Measured(self.score(said, [one.fields["answers"] for one in examples]), [])
+        right = [one.fields["answers"] for one in examples]
+        return Measured(self.score(said, right), [], rows=row_scores(said, right))
 
     def truth(self, example: Example) -> dict[str, Any]:
         """Returns the right answers."""

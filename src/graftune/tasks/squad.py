@@ -82,5 +82,13 @@ def answer_scores(said: Sequence[str], right: Sequence[Sequence[str]]) -> dict[s
     return {
         "exact_match": sum(max(exact_match(one, w) for w in wanted) for one, wanted in pairs)
         / count,
-        "f1": sum(max(word_f1(one, w) for w in wanted) for one, wanted in pairs) / count,
+        "f1": sum(row_scores(said, right)) / count,
     }
+
+
+def row_scores(said: Sequence[str], right: Sequence[Sequence[str]]) -> list[float]:
+    """Returns each answer's F1 against its best right one; without right ones "" is right."""
+    return [
+        max(word_f1(one, w) for w in list(wanted) or [""])
+        for one, wanted in zip(said, right, strict=True)
+    ]

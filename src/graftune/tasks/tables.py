@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from sys import intern
 from typing import Any, cast
 
 from graftune.errors import DataError, nearest
@@ -19,6 +21,7 @@ from graftune.tasks.file_kinds import check_kind, encoding_message
 from graftune.tasks.squad import questions_in
 
 Row = dict[str, Any]
+_GONE: Row = {}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Table:
     numbers: list[int] | None = None
     """The number of each row where some were left out; None: counted from 1."""
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """The names of all columns, in the order in which they appear."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
@@ -48,10 +51,22 @@ class Table:
 
     def alone(self, index: int) -> Table:
         """Returns a table of one row, which keeps its place."""
+        return self._part(index, index + 1)
+
+    def taken(self, size: int) -> Iterator[Table]:
+        """Yields tables of so many rows, which are gone from this one, each with its place."""
+        for start in range(0, len(self.rows), size):
+            part = self._part(start, start + size)
+            self.rows[start : start + size] = [_GONE] * len(part.rows)
+            yield part
+
+    def _part(self, start: int, stop: int) -> Table:
+        rows = self.rows[start:stop]
         if self.lines is not None:
-            return Table([self.rows[index]], self.source, [self.lines[index]])
-        number = index + 1 if self.numbers is None else self.numbers[index]
-        return Table([self.rows[index]], self.source, numbers=[number])
+            return Table(rows, self.source, self.lines[start:stop])
+        numbers = self.numbers
+        kept = range(start + 1, stop + 1) if numbers is None else numbers[start:stop]
+        return Table(rows, self.source, numbers=list(kept))
 
 
 def read_table(path: str | Path, bad: BadRows | None = None) -> Table:
@@ -157,7 +172,7 @@ def _read_conll(path: Path, bad: BadRows | None) -> Table:
 
 def _parsed(text: str) -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise DataError("not usable JSON: it is nested too deeply.") from None
     except json.JSONDecodeError as error:
@@ -169,12 +184,15 @@ def _parsed(text: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
+    row = {intern(name): value for name, value in pairs}  # else each row has keys of its own
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f'the object has the key "{twice}" twice.')
     return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _check_surrogates(value: Any) -> None:

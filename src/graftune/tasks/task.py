@@ -145,6 +145,10 @@ class Task(Protocol):
         """Returns the metrics of the summaries `(examples, …)` of all batches."""
         ...
 
+    def row_scores(self, summaries: Any) -> list[float]:
+        """Returns how well each row was answered by its summary; [] where that isn't known."""
+        return []
+
     def scorer(self, examples: Sequence[Example], encoded: Encoded, ready: Ready) -> Score:
         """Returns what makes metrics of all batches' summaries and labels, in the rows' order.
 

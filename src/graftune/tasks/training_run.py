@@ -187,6 +187,7 @@ class TrainingRun:
         maps = self._measure_gates(ready, adapter, encoded)
         self._save(adapter, ready, run_dir)
         measured = self._test(ready, encoded, run_dir)
+        workspace.write_scores(run_dir, measured.rows)
         result = self._result(ready, adapter, fitted, measured, run_dir, base_bytes)
         result = replace(result, heat_maps=[*result.heat_maps, *map(asdict, maps)])
         workspace.write_text(run_dir / workspace.RESULT, result.to_json())

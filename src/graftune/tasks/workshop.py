@@ -4,7 +4,8 @@ A run by itself makes everything (`Source`). Runs in one process, as those of a 
 `Workshop`: what doesn't depend on their method is made once, and each gets it as if it had made it.
 
     data      read and split once, for each task and its settings
-    base      loaded once for each seed's new head; a run gets a copy that it may change
+    base      loaded once for each seed's new head; a run gets a copy that it may change, or itself
+              where it only reads (a probe, prompts), its head alone beside what another holds
     tokens    of each split once, for each base and length
     head      the linear reading that a new head starts as, once for each base (and seed, where
               more than that one layer is new)
@@ -17,14 +18,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftune.anatomy.packed import stored_bytes
 from graftune.tasks.data import Example, Loaded, load
-from graftune.tasks.models import Base, load_base
+from graftune.tasks.models import Base, load_base, load_shell
 from graftune.tasks.quantising import Quantising
 from graftune.tasks.settings import RunSettings
+from graftune.tasks.twins import body_of, share_twins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from graftune.tasks.task import Encoded, Ready, Task
 
 Note = Callable[[str], object]
+BODY = "feature"
+"""What `load_base` calls a base without a head."""
 
 
 class Source:
@@ -54,6 +59,11 @@ class Source:
             quantize=Quantising.asked(settings.train),
             note=note,
         )
+
+    def frozen(self, settings: RunSettings, kind: str, dtype: str, note: Note) -> Base:
+        """Returns a base for `load_base`'s task `kind` that the run only reads."""
+        quantize = Quantising.asked(settings.train)
+        return load_base(settings.base, kind, dtype=dtype, quantize=quantize, note=note)
 
     def encoded(
         self, settings: RunSettings, task: Task, split: str, examples: Sequence[Example], to: Ready
@@ -102,6 +112,10 @@ class Workshop(Source):
         self._bases: dict[str, Base] = {}
         self._new: dict[str, dict[str, Tensor]] = {}
         """The tensors that a seed draws."""
+        self._kin: dict[str, list[Base]] = {}
+        """All that were loaded of one checkpoint and type."""
+        self.lent = 0
+        """Bytes of what `frozen` gave last that were held before; whoever counts sets it to 0."""
         self._tokens: dict[str, Encoded] = {}
         self._heads: dict[str, _Head] = {}
 
@@ -124,7 +138,9 @@ class Workshop(Source):
         if seeded not in self._new:
             made = super().base(settings, task, labels, dtype, note)
             self._new[seeded] = _tensors(made.model, made.fresh)
-            self._bases.setdefault(key, made)
+            if key not in self._bases:
+                self._bases[key] = made
+                self._kin.setdefault(_key(settings.base, dtype), []).append(made)
         kept = self._bases[key]
         model = copy.deepcopy(kept.model)
         _fill(model, self._new[seeded])
@@ -132,6 +148,25 @@ class Workshop(Source):
         return Base(
             model=model, tokenizer=tokenizer, spec=kept.spec, folder=kept.folder, fresh=kept.fresh
         )
+
+    def frozen(self, settings: RunSettings, kind: str, dtype: str, note: Note) -> Base:
+        """See `Source.frozen`. What trains gets copies, so this is the kept base itself."""
+        if Quantising.asked(settings.train) is not None:
+            return super().frozen(settings, kind, dtype, note)
+        key = _key(settings.base, kind, None, dtype)
+        kin = self._kin.setdefault(_key(settings.base, dtype), [])
+        bared = kind == BODY and key not in self._bases and _bared(settings.base, kin)
+        if bared:
+            self._bases[key] = bared
+        if key in self._bases:
+            self.lent = stored_bytes(self._bases[key].model)
+        else:
+            self._bases[key] = super().frozen(settings, kind, dtype, note)
+            for other in kin:
+                share_twins(self._bases[key].model, other.model)
+            kin.append(self._bases[key])
+        kept = self._bases[key]
+        return replace(kept, tokenizer=copy.deepcopy(kept.tokenizer))
 
     def encoded(
         self, settings: RunSettings, task: Task, split: str, examples: Sequence[Example], to: Ready
@@ -167,6 +202,18 @@ class Workshop(Source):
         train = settings.train
         name = f"seed{train.seed}-batch{train.batch_size}-{int(train.group_by_length)}"
         return self.folder / "trunk" / name if self.folder is not None else None
+
+
+def _bared(spec: str, kin: Sequence[Base]) -> Base | None:
+    """Returns the body of a base that is kept, if it is what would be loaded; None otherwise."""
+    if not kin:
+        return None
+    names = {name: tensor.shape for name, tensor in load_shell(spec)[0].named_parameters()}
+    for base in kin:
+        body = body_of(base.model, names)
+        if body is not None:
+            return replace(base, model=body, fresh=())
+    return None
 
 
 def _data_key(settings: RunSettings) -> str:

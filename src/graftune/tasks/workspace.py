@@ -28,6 +28,7 @@ ADAPTER = "adapter"
 BESIDE = "beside"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.test.jsonl"
+SCORES = "scores.test.jsonl"
 RESULT = "result.json"
 PROMPT = "prompt.json"
 """In the adapter's directory of a run that trained nothing: what its prompts are made of."""
@@ -35,7 +36,7 @@ TASK = "graftune_task.json"
 """What prediction needs besides the adapter; in the run's directory and in the adapter's."""
 
 OWN = (
-    *(SETTINGS, ENVIRONMENT, LOG, ADAPTER, BESIDE, CHECKPOINTS, PREDICTIONS, RESULT, TASK),
+    *(SETTINGS, ENVIRONMENT, LOG, ADAPTER, BESIDE, CHECKPOINTS, PREDICTIONS, SCORES, RESULT, TASK),
     "report.html",
 )
 
@@ -123,6 +124,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_scores(run_dir: Path, scores: Iterable[float]) -> None:
+    """Writes how well each test row was answered, unless that isn't known."""
+    rows = [{"score": score} for score in scores]
+    if rows:
+        write_lines(run_dir / SCORES, rows)
 
 
 def read_settings(run_dir: Path) -> RunSettings:
