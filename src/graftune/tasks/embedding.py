@@ -192,6 +192,10 @@ class Embedding(Task):
         ranks = ranks_of(np.asarray(summaries, np.float32))
         return {"accuracy_at_1": float((ranks == 1).mean()), "mrr": float((1 / ranks).mean())}
 
+    def row_scores(self, summaries: Any) -> list[float]:
+        """Returns 1 / the rank of each row's partner."""
+        return (1 / ranks_of(np.asarray(summaries, np.float32))).tolist()
+
     def answer(
         self, examples: Sequence[Example], ready: Ready, *, batch_size: int, max_new_tokens: int
     ) -> list[dict[str, Any]]:

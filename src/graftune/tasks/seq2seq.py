@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 SOURCES = ("source", "document", "article", "dialogue", "input", "src", *TEXTS, *INSTRUCTIONS)
 TARGETS = ("target", "summary", "highlights", "translation", "tgt", *ANSWERS, "label")
 IGNORED = -100
+ROUGE = (("rouge1", "rouge1"), ("rouge2", "rouge2"), ("rougeL", "rouge_l"))
+"""rouge-score's names and ours."""
 
 
 class Seq2SeqOptions(TaskOptions):
@@ -199,7 +201,9 @@ class Seq2Seq(Task):
         from graftune.tasks.measured import Measured
 
         said = [str(one["answer"]) for one in answers]
-        return Measured(written(said, [str(one.fields["answer"]) for one in examples]), [])
+        right = [str(one.fields["answer"]) for one in examples]
+        rows = [row["rougeL"].fmeasure for row in _rouge(said, right)]
+        return Measured(written(said, right), [], rows=rows)
 
     def truth(self, example: Example) -> dict[str, Any]:
         """See `Task.truth`."""
@@ -220,19 +224,21 @@ def written(said: Sequence[str], right: Sequence[str]) -> dict[str, float]:
     All are shares of 1. ROUGE by rouge-score, the others by sacrebleu with its defaults.
     """
     import sacrebleu
-    from rouge_score import rouge_scorer
 
-    kinds = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
-    scorer: Any = rouge_scorer.RougeScorer(list(kinds), use_stemmer=True)
-    rows = [scorer.score(true, found) for true, found in zip(right, said, strict=True)]
-    found = {
-        name: sum(row[kind].fmeasure for row in rows) / len(rows) for kind, name in kinds.items()
-    }
+    rows = _rouge(said, right)
+    found = {name: sum(row[kind].fmeasure for row in rows) / len(rows) for kind, name in ROUGE}
     references = [list(right)]
     return found | {
         "bleu": sacrebleu.corpus_bleu(list(said), references).score / 100,
         "chrf": sacrebleu.corpus_chrf(list(said), references).score / 100,
     }
+
+
+def _rouge(said: Sequence[str], right: Sequence[str]) -> list[dict[str, Any]]:
+    from rouge_score import rouge_scorer
+
+    scorer: Any = rouge_scorer.RougeScorer([kind for kind, _ in ROUGE], use_stemmer=True)
+    return [scorer.score(true, found) for true, found in zip(right, said, strict=True)]
 
 
 def _text(row: Mapping[str, Any], column: str, role: str, where: str) -> str:
