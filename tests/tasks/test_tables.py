@@ -69,7 +69,7 @@ def test_parquet_class_numbers_become_names(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "a.jsonl:1: expected an object like {...}, found a list"),
         ("a.json", '"x"', "expected a list of objects, found a text"),
         ("a.parquet", "x", "is not a Parquet file"),
-        ("a.txt", "x", 'ends in ".txt": expected one of .csv'),
+        ("a.docx", "x", 'ends in ".docx": expected one of .csv'),
     ],
 )
 def test_a_broken_file_is_refused_with_its_line(

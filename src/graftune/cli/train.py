@@ -53,7 +53,7 @@ def train(
         str | None,
         typer.Option(
             help="classification (default), regression, multilabel, instruct, choices, "
-            "multiple-choice, labelling, spans, embedding or seq2seq.",
+            "multiple-choice, labelling, spans, embedding, seq2seq, lm or masked-lm.",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from graftune.errors import DataError
-from graftune.tasks import metrics
 from graftune.tasks.chat import (
     IGNORED,
     PLAIN_TEMPLATE,
@@ -30,6 +29,7 @@ from graftune.tasks.data import Example, normalised
 from graftune.tasks.settings import Columns
 from graftune.tasks.tables import Table
 from graftune.tasks.task import Encoded, Ready, Task, register_task
+from graftune.tasks.token_scores import token_metrics, token_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,24 +138,11 @@ class Instruct(Task):
 
     def summarise(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns each row's summed loss, labelled tokens and right tokens `(batch, 3)`."""
-        import torch
-
-        targets, said = labels[:, 1:], logits[:, :-1]
-        wanted = targets != IGNORED
-        rows = wanted.nonzero()[:, 0]
-        chosen, right = said[wanted].float(), targets[wanted]
-        losses = torch.nn.functional.cross_entropy(chosen, right, reduction="none")
-        hits = (chosen.argmax(dim=-1) == right).float()
-        parts = torch.stack([losses, torch.ones_like(losses), hits], dim=-1)
-        return parts.new_zeros(len(labels), 3).index_add_(0, rows, parts)
+        return token_sums(logits[:, :-1], labels[:, 1:])
 
     def score(self, summaries: Any, labels: Any) -> dict[str, float]:
         """Returns perplexity and token accuracy over all answers' tokens."""
-        loss, tokens, right = (float(total) for total in summaries.sum(axis=0))
-        return {
-            "perplexity": metrics.perplexity(loss, tokens),
-            "token_accuracy": metrics.token_accuracy(right, tokens),
-        }
+        return token_metrics(summaries)
 
     def row_scores(self, summaries: Any) -> list[float]:
         """Returns the share of each row's answer tokens that are right."""

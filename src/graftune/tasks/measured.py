@@ -11,7 +11,7 @@ import numpy as np
 from graftune.tasks import metrics
 from graftune.tasks.data import Example
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "rmse", "mae"})
 """The metrics of which less is better."""
 
 Score = Callable[[Any, Any], dict[str, float]]

@@ -12,7 +12,7 @@ import numpy as np
 from graftune.errors import DataError, SettingsError
 from graftune.tasks import beside, dropping
 from graftune.tasks.data import Example
-from graftune.tasks.measured import Measured
+from graftune.tasks.measured import Measured, Score
 from graftune.tasks.models import load_base
 from graftune.tasks.quantising import Quantising
 from graftune.tasks.task import Ready, Task, find_task
@@ -99,7 +99,9 @@ class Predictor:
         if ready.labels or task.answers_all:
             found = answer(task, ready, examples, batch_size)
             return task.measure(examples, found, ready.labels)
-        return measure_logits(task, ready, task.encode(examples, ready).features, batch_size)
+        encoded = task.encode(examples, ready)
+        score = task.scorer(examples, encoded, ready)
+        return measure_logits(task, ready, encoded.features, batch_size, score)
 
     def question(self, row: str | Mapping[str, Any], where: str) -> Example:
         """Returns a text or a row as what the task is asked."""
@@ -206,9 +208,13 @@ def check_sizes(batch_size: int, max_new_tokens: int = 1) -> None:
 
 
 def measure_logits(
-    task: Task, ready: Ready, features: Sequence[dict[str, Any]], batch_size: int
+    task: Task,
+    ready: Ready,
+    features: Sequence[dict[str, Any]],
+    batch_size: int,
+    score: Score | None = None,
 ) -> Measured:
-    """Returns the metrics of the model's logits on encoded examples."""
+    """Returns the metrics of the logits of encoded examples, by the task's score or another."""
     import torch
 
     from graftune.tasks.batches import batches_of_like_length
@@ -227,7 +233,7 @@ def measure_logits(
     ready.model.train(training)
     summaries = np.concatenate(parts)
     rows = task.row_scores(summaries[np.argsort(order)])
-    return Measured(task.score(summaries, None), [], rows=rows)
+    return Measured((score or task.score)(summaries, None), [], rows=rows)
 
 
 def _device() -> str:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from graftune.errors import DataError, SettingsError
-from graftune.tasks import metrics
 from graftune.tasks.classification import TEXTS
 from graftune.tasks.columns import find_column
 from graftune.tasks.conversations import ANSWERS, INSTRUCTIONS
@@ -26,6 +25,7 @@ from graftune.tasks.data import Example, normalised
 from graftune.tasks.settings import Columns, TaskOptions
 from graftune.tasks.tables import Table
 from graftune.tasks.task import Encoded, Ready, Task, cut_note, register_task
+from graftune.tasks.token_scores import token_metrics, token_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 SOURCES = ("source", "document", "article", "dialogue", "input", "src", *TEXTS, *INSTRUCTIONS)
 TARGETS = ("target", "summary", "highlights", "translation", "tgt", *ANSWERS, "label")
-IGNORED = -100
 ROUGE = (("rouge1", "rouge1"), ("rouge2", "rouge2"), ("rougeL", "rouge_l"))
 """rouge-score's names and ours."""
 
@@ -151,23 +150,11 @@ class Seq2Seq(Task):
 
     def summarise(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns each row's summed loss, target tokens and right tokens `(batch, 3)`."""
-        import torch
-
-        wanted = labels != IGNORED
-        rows = wanted.nonzero()[:, 0]
-        chosen, right = logits[wanted].float(), labels[wanted]
-        losses = torch.nn.functional.cross_entropy(chosen, right, reduction="none")
-        hits = (chosen.argmax(dim=-1) == right).float()
-        parts = torch.stack([losses, torch.ones_like(losses), hits], dim=-1)
-        return parts.new_zeros(len(labels), 3).index_add_(0, rows, parts)
+        return token_sums(logits, labels)
 
     def score(self, summaries: Any, labels: Any) -> dict[str, float]:
         """Returns perplexity and token accuracy over all targets' tokens."""
-        loss, tokens, right = (float(total) for total in summaries.sum(axis=0))
-        return {
-            "perplexity": metrics.perplexity(loss, tokens),
-            "token_accuracy": metrics.token_accuracy(right, tokens),
-        }
+        return token_metrics(summaries)
 
     def answer(
         self, examples: Sequence[Example], ready: Ready, *, batch_size: int, max_new_tokens: int

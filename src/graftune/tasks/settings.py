@@ -238,7 +238,7 @@ class RunSettings(_Section):
     """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
     labels), `instruct`, `choices` (among answers), `multiple-choice` (by an encoder's head),
     `labelling` (of words), `spans` (answers in passages), `embedding` (vectors of texts)
-    or `seq2seq` (texts for texts)."""
+    `seq2seq` (texts for texts), `lm` or `masked-lm` (raw text)."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

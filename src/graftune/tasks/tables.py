@@ -70,7 +70,7 @@ class Table:
 
 
 def read_table(path: str | Path, bad: BadRows | None = None) -> Table:
-    """Returns the rows of a CSV, TSV, JSONL, JSON, Parquet or CoNLL file.
+    """Returns the rows of a CSV, TSV, JSONL, JSON, Parquet or CoNLL file, or a text's paragraphs.
 
     Args:
         path: The file.
@@ -167,6 +167,22 @@ def _only_list(value: Row, path: Path) -> list[Any]:
 def _read_conll(path: Path, bad: BadRows | None) -> Table:
     with path.open(encoding="utf-8-sig") as file:
         rows, lines = read_sentences(file, str(path), bad)
+    return Table(rows, str(path), lines)
+
+
+def _read_text(path: Path, bad: BadRows | None) -> Table:
+    """Returns the paragraphs of a text, between empty lines, and the line on which each begins."""
+    rows: list[Row] = []
+    lines: list[int] = []
+    paragraph: list[str] = []
+    text = path.read_text(encoding="utf-8-sig")
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            lines.append(number - len(paragraph))
+            rows.append({"text": "\n".join(paragraph)})
+            paragraph = []
     return Table(rows, str(path), lines)
 
 
@@ -285,4 +301,5 @@ _READERS: dict[str, Callable[[Path, BadRows | None], Table]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".conll": _read_conll,
+    ".txt": _read_text,
 }

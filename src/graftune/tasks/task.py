@@ -225,6 +225,7 @@ def tasks() -> dict[str, type[Task]]:
         "multiple_choice",
         "embedding",
         "seq2seq",
+        "lm",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)

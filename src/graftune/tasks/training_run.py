@@ -370,7 +370,8 @@ class TrainingRun:
         answers = answer(self.task, ready, shown, size, room)
         self._count(shown, encoded["test"], time.monotonic() - began, ready)
         self._write_answers(examples, answers, run_dir)
-        return measure_logits(self.task, ready, encoded["test"].features, size)
+        score = self.task.scorer(examples, encoded["test"], ready)
+        return measure_logits(self.task, ready, encoded["test"].features, size, score)
 
     def _count(
         self, answered: Sequence[Example], encoded: Encoded, seconds: float, ready: Ready

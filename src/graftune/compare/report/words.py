@@ -31,6 +31,7 @@ METRICS = {
     "rmse": "root mean squared error",
     "mae": "mean absolute error",
     "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
     "token_accuracy": "token accuracy",
     "loss": "loss",
 }
