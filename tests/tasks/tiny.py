@@ -152,6 +152,21 @@ def bart(folder: Path) -> Path:
     return _saved(BartForConditionalGeneration(config), tokenizer, folder)
 
 
+def vit(folder: Path) -> Path:
+    """A vision transformer of two blocks for images of 16 by 16, and its image processor."""
+    import torch
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=16, patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = ViTModel(config, add_pooling_layer=False)
+    return _saved(model, ViTImageProcessorPil(size={"height": 16, "width": 16}), folder)
+
+
 def gpt2(folder: Path) -> Path:
     """A GPT-2 of two blocks; each byte is a token, and a space belongs to what follows it."""
     import torch

@@ -53,7 +53,7 @@ def train(
         str | None,
         typer.Option(
             help="classification (default), regression, multilabel, instruct, choices, "
-            "multiple-choice, labelling, spans, embedding, seq2seq, lm or masked-lm.",
+            "multiple-choice, labelling, spans, embedding, seq2seq, lm, masked-lm or images.",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -102,7 +102,7 @@ def fit(
 def _caches_trunk(ready: Ready, task: Task, settings: RunSettings, rows: int) -> bool:
     """Whether to keep what the base computes: as asked, or where it is read again and exact."""
     train = settings.train
-    if train.packing:
+    if train.packing or task.reads_images:
         return False
     if train.trunk_cache is not None:
         return train.trunk_cache

@@ -98,7 +98,7 @@ def look(settings: RunSettings, *, task: str | None = None, with_base: bool = Tr
     _look_at_labels(found, loaded.splits)
     found.pairs = _pairs(loaded.splits)
     labels = _labels(chosen, loaded.splits, found)
-    if with_base:
+    if with_base and not chosen.reads_images:
         _look_at_tokens(found, settings, chosen, loaded.splits, labels)
     found.notes[:0] = loaded.report.notes
     return found

@@ -28,6 +28,8 @@ from graftune.tasks.quantising import Quantising, check_done, check_plain, devic
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+IMAGE_TASK = "image-classification"
+"""The task whose base has an image processor, and no tokenizer."""
 TASKS = {
     "classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
@@ -39,15 +41,17 @@ TASKS = {
     "regression": "AutoModelForSequenceClassification",
     "multilabel": "AutoModelForSequenceClassification",
     "multiple-choice": "AutoModelForMultipleChoice",
+    IMAGE_TASK: "AutoModelForImageClassification",
 }
 NEW_HEADS = (
     *("classification", "token-classification", "question-answering", "regression", "multilabel"),
     "multiple-choice",
+    IMAGE_TASK,
 )
 """The tasks whose head a pretrained base lacks, and which is made."""
 LABELLED = NEW_HEADS[:2]
 """Those of them whose head chooses one of several labels."""
-WITH_LABELS = (*LABELLED, "multilabel")
+WITH_LABELS = (*LABELLED, "multilabel", IMAGE_TASK)
 """Those of them whose head has an output for each label."""
 LANGUAGE_MODEL = "lm"
 """The task of a causal or an encoder-decoder language model, whichever a base is."""
@@ -92,7 +96,8 @@ def load_base(
         spec: a folder, a GGUF file, a demo or a hub name, as in the module's docstring.
         task: "classification", "causal-lm", "seq2seq-lm", "lm" (whichever of the two language
             models it is), "masked-lm", "feature" (no head), "token-classification",
-            "question-answering", "regression" (one number) or "multilabel".
+            "question-answering", "regression" (one number), "multilabel", "multiple-choice" or
+            "image-classification", whose `tokenizer` is the image processor.
         labels: the classes, in the order of the head's outputs; None keeps the checkpoint's.
             A trained head of another size is replaced by a new one.
         dtype: "float32", "bfloat16", "float16" or "auto" (the checkpoint's).
@@ -123,11 +128,12 @@ def load_base(
         if task == LANGUAGE_MODEL:
             task = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
         model, fresh = _model(source, config, task, dtype, attn, seed, quantize)
-        tokenizer = _tokenizer(source)
+        tokenizer = _image_processor(source) if task == IMAGE_TASK else _tokenizer(source)
     keep_exact(model)
     share_tables(model)
     _refuse_gaps(model, fresh, spec, task)
-    _agree_on_padding(tokenizer, model)
+    if task != IMAGE_TASK:
+        _agree_on_padding(tokenizer, model)
     _rename(model, spec)
     originals.remember(model, source)
     folder = source if isinstance(source, Path) else None
@@ -277,6 +283,13 @@ def _renamed(auto: Any, config: PreTrainedConfig) -> dict[str, str] | None:
     )
     usual, own = getattr(next(above, None), "base_model_prefix", ""), getattr(kind, PREFIX, "")
     return {rf"^{usual}\.": f"{own}."} if usual and own and usual != own else None
+
+
+def _image_processor(source: Path | str) -> Any:
+    """Returns a base's image processor: Pillow's, so that all machines have the same numbers."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(str(source), backend="pil")
 
 
 def _tokenizer(source: Path | str) -> PreTrainedTokenizerBase:

@@ -95,6 +95,8 @@ def length_limit(
     Raises:
         SettingsError: More was asked for.
     """
+    if task.reads_images:
+        return task.max_length
     limit = most_tokens(model, tokenizer)
     wanted = settings.data.max_length
     if wanted is None:

@@ -48,6 +48,8 @@ class Columns(_Section):
     to the first."""
     negative: str | None = None
     """Embedding: a text that doesn't belong to the first of the pair."""
+    image: str | None = None
+    """Images: the path of the image, beside the file of the rows or from here."""
     value: str | None = None
     """Regression: the number to learn."""
     words: str | None = None
@@ -238,7 +240,7 @@ class RunSettings(_Section):
     """`classification` (of texts or pairs), `regression` (numbers), `multilabel` (sets of
     labels), `instruct`, `choices` (among answers), `multiple-choice` (by an encoder's head),
     `labelling` (of words), `spans` (answers in passages), `embedding` (vectors of texts)
-    `seq2seq` (texts for texts), `lm` or `masked-lm` (raw text)."""
+    `seq2seq` (texts for texts), `lm` or `masked-lm` (raw text), or `images`."""
     task_options: dict[str, Any] = Field(default_factory=dict)
     """The task's own settings."""
     data: DataSettings

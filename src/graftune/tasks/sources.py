@@ -42,7 +42,8 @@ def read_source(spec: str, bad: BadSplits | None = None) -> dict[str, Table]:
         return {"train": read_table(path, _of(bad, "train"))}
     if path.is_dir():
         saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
-        return _saved_dataset(path) if saved else _folder(path, bad)
+        images = {} if saved else image_folder(path)
+        return _saved_dataset(path) if saved else images or _folder(path, bad)
     meant = spec.startswith((".", "/", "~")) or spec.endswith("/")
     if meant or path.suffix.lower() in readable_endings():
         raise DataError(missing_file_message(path))
@@ -70,10 +71,46 @@ def file_hashes(spec: str) -> dict[str, str]:
     path = Path(spec).expanduser()
     if path.is_file():
         return {str(path): _hash(path)}
+    if path.is_dir() and image_folder(path):
+        return {str(path): _hash_of_names(path)}
     if path.is_dir():
         files = sorted(item for item in path.iterdir() if item.is_file())
         return {str(item): _hash(item) for item in files}
     return {}
+
+
+def image_folder(path: Path) -> dict[str, Table]:
+    """Returns the splits of a folder with a folder of images for each label; {} if it is none.
+
+    Those may lie in folders of splits. Every file counts as an image, but for hidden ones.
+    """
+    inside = sorted(item for item in path.iterdir() if item.is_dir())
+    if any(item.is_file() and item.suffix.lower() in readable_endings() for item in path.iterdir()):
+        return {}
+    splits = {name: item for item in inside if (name := _split_of(item.name)) is not None}
+    if "train" not in splits:
+        table = _labelled_images(path, path)
+        return {"train": table} if table.rows else {}
+    tables = {name: _labelled_images(item, path) for name, item in splits.items()}
+    return tables if all(table.rows for table in tables.values()) else {}
+
+
+def _labelled_images(folder: Path, source: Path) -> Table:
+    rows = [
+        {"image": str(file.relative_to(source)), "label": label.name}
+        for label in sorted(folder.iterdir())
+        if label.is_dir() and not label.name.startswith(".")
+        for file in sorted(label.iterdir())
+        if file.is_file() and not file.name.startswith(".")
+    ]
+    return Table(rows, str(source))
+
+
+def _hash_of_names(folder: Path) -> str:
+    """Returns the SHA-256 of the names and sizes of all files below a folder."""
+    files = sorted(item for item in folder.rglob("*") if item.is_file())
+    told = "\n".join(f"{item.relative_to(folder)} {item.stat().st_size}" for item in files)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:

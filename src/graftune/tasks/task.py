@@ -29,6 +29,7 @@ class Ready:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    """Of a task that reads images the base's image processor."""
     labels: list[str]
     """Class names by number; [] for a task without classes."""
     max_length: int
@@ -74,6 +75,8 @@ class Task(Protocol):
     """Whether an answer is one of given labels, so that all answers are measured."""
     answers_all: ClassVar[bool] = False
     """Whether it is measured by its answers to all rows, labels or none."""
+    reads_images: ClassVar[bool] = False
+    """Whether its rows are images, so that an image processor stands for the tokenizer."""
     packs: ClassVar[bool] = False
     """Whether its training rows can hold several examples."""
     options_type: ClassVar[type[TaskOptions]] = TaskOptions
@@ -226,6 +229,7 @@ def tasks() -> dict[str, type[Task]]:
         "embedding",
         "seq2seq",
         "lm",
+        "images",
     ):  # they register themselves
         importlib.import_module(f"graftune.tasks.{module}")
     return dict(_tasks)
