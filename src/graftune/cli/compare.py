@@ -44,7 +44,7 @@ def compare(
     task: Annotated[
         str | None,
         typer.Option(
-            help="classification (default), instruct, choices, labelling or spans.",
+            help="The task, as for train (classification).",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -216,14 +216,20 @@ class MaskedLanguageModelling(LanguageModelling):
 
     def collate(self, ready: Ready) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """Returns what hides tokens: others in each training pass, the same ones when measuring."""
+        import torch
         from transformers import DataCollatorForLanguageModeling
 
+        share = self._masked.masked
+        hide = DataCollatorForLanguageModeling(ready.tokenizer, mlm_probability=share)
+
         def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-            seed = None if ready.model.training else 0
-            hide = DataCollatorForLanguageModeling(
-                ready.tokenizer, mlm_probability=self._masked.masked, seed=seed
-            )
-            batch = dict(hide([{"input_ids": list(row["input_ids"])} for row in rows]))
+            own = [{"input_ids": list(row["input_ids"])} for row in rows]
+            if ready.model.training:
+                batch = dict(hide(own))
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    batch = dict(hide(own))
             if not bool((batch["labels"] != IGNORED).any()):  # a loss of nothing isn't a number
                 at = 1 if batch["input_ids"].shape[1] > 1 else 0
                 batch["labels"][:, at] = batch["input_ids"][:, at]
